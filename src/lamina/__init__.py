@@ -1,0 +1,1 @@
+"""Disk images and remote disks, every format and protocol of QEMU's block layer."""

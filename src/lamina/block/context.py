@@ -1,0 +1,50 @@
+"""What a driver is told when it is opened or asked to create an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node, NodeOptions
+    from lamina.block.secrets import Secrets
+
+
+class OpenContext(Protocol):
+    """Handed to ``Driver.open(options, context)``. Implemented by ``block.opening``."""
+
+    node_options: NodeOptions
+    """For ``Node.__init__``."""
+    secrets: Secrets
+    inspect: bool
+    """Only metadata is wanted (``info``): open nothing that an image names, no data is read."""
+    check: bool
+    """The image is opened to be checked or repaired: tolerate what can be."""
+    image_option: Mapping[str, Any]
+    """The options of this node as given, children's included, flattened to dotted keys."""
+
+    def open_child(self, role: str, *, node_options: NodeOptions | None = None) -> Node:
+        """Open the child that the options describe under ``role`` (``file`` above all)."""
+
+    def open_named(
+        self, role: str, filename: str, *, driver: str | None, relative_to: Node
+    ) -> Node | None:
+        """Open what an image *names* (backing file, data file, extent): passes the opening policy.
+
+        ``filename`` as stored; ``driver`` as stored or None to probe. None is returned where the
+        user said ``backing=null`` or only inspects. Raises Refused, or what opening raises.
+        """
+
+
+class CreateContext(Protocol):
+    """Handed to ``Driver.create``, ``create_file`` and ``measure``."""
+
+    filename: str
+    """Of the new image, for messages and for names relative to it."""
+    secrets: Secrets
+
+    def backing_node(self) -> Node | None:
+        """The backing file of the new image, opened for reading, where one was named and opened."""
+
+    def create_beside(self, filename: str, size: int) -> Node:
+        """Create and open another file that the new image consists of (data file, extent)."""

@@ -1,0 +1,107 @@
+"""What a driver offers beside its nodes: the registry's entries are instances of ``Driver``.
+
+A driver module defines one subclass and an instance of it, ``DRIVER``, that the registry names as
+``"lamina.formats.qcow2:DRIVER"``. Methods import what they need when they are called, so that opening an image does not load the code
+that checks or creates one. Every default refuses with the sentence that QEMU prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lamina.errors import ImageUnsupported
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For drivers without options of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """What ``check`` may repair."""
+
+    leaks: bool = False
+    errors: bool = False
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What ``check`` found. ``…_fixed`` counts what was repaired and is not in the other figures."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int = 0
+    """Bytes; 0: not known."""
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Bytes that a new image needs: with the data it has to hold, and when fully allocated."""
+
+    required: int
+    fully_allocated: int
+    bitmaps: int | None = None
+
+
+class Driver:
+    name: str
+    Options: type = NoOptions
+    """Runtime options (``block.options``)."""
+    CreateOptions: type | None = None
+    """Options of ``create``; None: this driver creates nothing. A field ``size`` is customary."""
+    is_format = False
+    supports_backing = False
+
+    def open(self, options: Any, context: OpenContext) -> Node:
+        raise NotImplementedError
+
+    def parse_filename(self, filename: str) -> dict[str, Any]:
+        """Options out of ``prefix:rest`` or a URI; only for protocols. Raises UsageError."""
+        return {"filename": filename}
+
+    # -- creating --------------------------------------------------------------------------------
+
+    def create_file(self, filename: str, options: Any, context: CreateContext) -> None:
+        """Protocols: make what will then be opened, ``options.size`` bytes long."""
+        raise ImageUnsupported(f"Protocol driver '{self.name}' does not support image creation")
+
+    def create(self, options: Any, file: Node, context: CreateContext) -> None:
+        """Formats: turn the writable, empty node ``file`` into an image."""
+        raise ImageUnsupported(f"Format driver '{self.name}' does not support image creation")
+
+    def measure(self, options: Any, source: Node | None, context: CreateContext) -> Measurement:
+        """Size of a new image with these creation options that holds ``source``."""
+        raise ImageUnsupported(f"Block driver '{self.name}' does not support size measurement")
+
+    # -- the whole image -------------------------------------------------------------------------
+
+    def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
+        """``report`` receives each finding as a line for people."""
+        raise ImageUnsupported("This image format does not support checks")
+
+    def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        """Rewrite what the image names as its backing file; opens nothing."""
+        raise ImageUnsupported("Operation not supported")
+
+    def make_empty(self, node: Node) -> None:
+        """Drop all guest data, so that everything comes from the backing file."""
+        raise ImageUnsupported("Operation not supported")
+
+    def amend(
+        self, node: Node, options: Mapping[str, Any], progress: Callable[[float], None]
+    ) -> None:
+        raise ImageUnsupported(f"Format driver '{self.name}' does not support option amendment")

@@ -1,0 +1,1 @@
+"""Compression: bytes in, bytes out."""

@@ -1,0 +1,165 @@
+"""The contract between a format and the engine.
+
+A mapping knows where guest bytes live in its children and publishes changes to its tables. It moves
+no guest data, encodes nothing, and takes no lock: the engine (``engine.disk.Disk``, the node that
+wraps a mapping) calls every method with the disk's metadata lock held, and never calls ``commit`` of
+a reservation before the data of all of its pieces is written.
+
+Tables are changed in memory; ``metadata`` (``engine.metadata.Metadata``) carries them to storage in
+the order that crash safety demands: counts up, then tables, then roots, then counts down, with a
+flush of the file between stages. Data is written before the tables that name it by the same flushes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from lamina.block.extents import Columns, Extent
+from lamina.block.info import NodeInfo
+from lamina.block.limits import Preallocation
+from lamina.errors import ImageUnsupported
+
+if TYPE_CHECKING:
+    from lamina.block.extents import Cipher
+    from lamina.block.node import Node
+    from lamina.block.permissions import Perm
+    from lamina.engine.metadata import Metadata
+
+
+class Piece(NamedTuple):
+    """Where one run of a write goes. All figures in bytes."""
+
+    guest_offset: int
+    length: int
+    node: Node
+    host_offset: int
+    """Of ``guest_offset``; the copies lie right before and right behind."""
+    copy_head: int = 0
+    """Bytes before ``guest_offset`` to be brought over from the old content."""
+    copy_tail: int = 0
+    fresh: bool = False
+    """The place was just allocated and no reader can see it until ``commit``."""
+    reads_zero: bool = False
+    """The place (with its copies) is known to read as zeroes: zeroes need not be written."""
+    cipher: Cipher | None = None
+    first_sector: int = 0
+    """Tweak of the sector at ``guest_offset - copy_head``."""
+
+
+class Reservation(ABC):
+    """Space for writes. Leaving it without ``commit`` gives the space back.
+
+    The engine: reads what the pieces want copied, writes data and copies, then commits.
+    """
+
+    pieces: list[Piece]
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Publish: the tables now name the new places. Raises StorageError, and then has aborted."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give back what was reserved. Never raises."""
+
+
+class InPlace(Reservation):
+    """A reservation that reserved nothing: every byte has its place already."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+
+    def commit(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+class Mapping(ABC):
+    """What a format implements. ``file`` (and ``backing``, …) are children of the disk."""
+
+    driver: ClassVar[str]
+
+    size: int
+    """Guest bytes."""
+    unit: int
+    """The allocation unit in guest bytes: what is allocated, zeroed and discarded as one, and the
+    granularity at which the engine serialises writes. A power of two."""
+    metadata: Metadata
+
+    encoded_unit: int = 0
+    """Bytes of a unit that ``reserve_encoded`` takes; 0: the format has no compressed writes."""
+    codec: str = ""
+    """Which codec compressed writes use."""
+    vmstate_offset: int = 0
+    """Guest offset behind the disk where VM state is kept; 0: nowhere."""
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def resolve(self, offset: int, length: int) -> list[Extent]:
+        """Where the bytes are: coalesced, in order, without gaps; never one call per cluster.
+
+        Addresses behind ``size`` (VM state, the rest of the last cluster) resolve like any other.
+        Raises ImageCorrupt for a table that breaks the rules.
+        """
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        """The same as arrays, for whole-image work."""
+        step = 1 << 36
+        for start in range(offset, offset + length, step):
+            extents = self.resolve(start, min(step, offset + length - start))
+            yield Columns.from_extents(extents)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
+        """Places for writes to these (guest offset, length), which do not overlap and are sorted."""
+
+    def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
+        """Places for encoded units (guest offset, encoded bytes). One piece per unit, in order;
+        its ``length`` is the encoded one. Committing replaces whatever the unit held."""
+        raise ImageUnsupported("Compression not supported for this file format")
+
+    def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        """Whole units read as zeroes from now on, by tables alone.
+
+        False: this format cannot say it for this range; the engine writes zeroes instead.
+        """
+        return False
+
+    def discard(self, offset: int, length: int) -> None:
+        """Whole units are no longer needed. Never exposes other old content."""
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def truncate(
+        self, size: int, preallocation: Preallocation, *, exact: bool, zeroed: bool
+    ) -> None:
+        raise ImageUnsupported("Image format driver does not support resize")
+
+    @abstractmethod
+    def info(self) -> NodeInfo: ...
+
+    def before_first_write(self) -> None:
+        """A gate: called once, before the first change (dirty bits, generation counts)."""
+
+    def flush(self) -> None:
+        """Bring the tables to storage. The engine flushes the children afterwards."""
+        self.metadata.commit()
+
+    def reopened(self, *, read_only: bool) -> None:
+        """The disk changed between reading and writing."""
+
+    def close(self) -> None:
+        """Last words of a writable image, after the last flush (clear a dirty bit)."""
+
+    def child_permissions(
+        self, role: str, perm: Perm, shared: Perm, read_only: bool
+    ) -> tuple[Perm, Perm] | None:
+        """For roles that differ from what every format needs; None: the usual."""
+        return None

@@ -1,0 +1,1 @@
+"""What else happens to requests on their way."""

@@ -1,0 +1,1 @@
+"""Where each guest byte lives in an image."""

@@ -1,0 +1,1 @@
+"""Work on whole disks: convert, compare, commit, …"""

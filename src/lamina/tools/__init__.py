@@ -1,0 +1,1 @@
+"""The command-line tools, drop-in for QEMU's."""
