@@ -1,8 +1,9 @@
 """What a driver offers beside its nodes: the registry's entries are instances of ``Driver``.
 
 A driver module defines one subclass and an instance of it, ``DRIVER``, that the registry names as
-``"lamina.formats.qcow2:DRIVER"``. Methods import what they need when they are called, so that opening an image does not load the code
-that checks or creates one. Every default refuses with the sentence that QEMU prints.
+``"lamina.formats.qcow2:DRIVER"``. Methods import what they need when they are called, so that
+opening an image does not load the code that checks or creates one. Every default refuses with the sentence
+that QEMU prints.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Fix:
 
 @dataclass(slots=True)
 class CheckResult:
-    """What ``check`` found. ``…_fixed`` counts what was repaired and is not in the other figures."""
+    """What ``check`` found. ``…_fixed`` counts what was repaired: not in the other figures."""
 
     corruptions: int = 0
     leaks: int = 0

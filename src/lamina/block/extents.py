@@ -1,4 +1,4 @@
-"""Where the bytes of a disk are: values that explain themselves, so that nobody has to ask again."""
+"""Where the bytes of a disk are: values that explain themselves, so nobody has to ask again."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class Columns(NamedTuple):
     """Extents of a whole image as numpy arrays: never one Python object per cluster.
 
     ``nodes[node[i]]`` is the node of row i; ``host_offset`` is -1 where there is none. Rows are in
-    guest order, adjoin each other and are coalesced. Codec and unit of ENCODED rows are those of the
-    format (one row per unit).
+    guest order, adjoin each other and are coalesced. Codec and unit of ENCODED rows are those of
+    the format (one row per unit).
     """
 
     guest_offset: npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 """Options: one frozen dataclass per driver, from which everything else is derived.
 
-``-o help``, dotted options, ``json:{}``, ``--blockdev``, the documentation and ``info`` all read the
-fields of these classes. A driver writes:
+``-o help``, dotted options, ``json:{}``, ``--blockdev``, the documentation and ``info`` all read
+the fields of these classes. A driver writes:
 
     @dataclass(frozen=True)
     class Options:

@@ -1,13 +1,13 @@
 """The contract between a format and the engine.
 
-A mapping knows where guest bytes live in its children and publishes changes to its tables. It moves
-no guest data, encodes nothing, and takes no lock: the engine (``engine.disk.Disk``, the node that
-wraps a mapping) calls every method with the disk's metadata lock held, and never calls ``commit`` of
-a reservation before the data of all of its pieces is written.
+A mapping knows where guest bytes live in its children and publishes changes to its tables. It
+moves no guest data, encodes nothing, and takes no lock: the engine (``engine.disk.Disk``, the node
+that wraps a mapping) calls every method with the disk's metadata lock held, and never calls
+``commit`` of a reservation before the data of all of its pieces is written.
 
 Tables are changed in memory; ``metadata`` (``engine.metadata.Metadata``) carries them to storage in
 the order that crash safety demands: counts up, then tables, then roots, then counts down, with a
-flush of the file between stages. Data is written before the tables that name it by the same flushes.
+flush of the file between stages. The same flushes keep data ahead of the tables that name it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Reservation(ABC):
 
     @abstractmethod
     def commit(self) -> None:
-        """Publish: the tables now name the new places. Raises StorageError, and then has aborted."""
+        """Publish: the tables now name the new places. If it raises, it has aborted."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -118,7 +118,7 @@ class Mapping(ABC):
 
     @abstractmethod
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
-        """Places for writes to these (guest offset, length), which do not overlap and are sorted."""
+        """Places for writes to these (guest offset, length): sorted, without overlaps."""
 
     def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
         """Places for encoded units (guest offset, encoded bytes). One piece per unit, in order;

@@ -1,0 +1,19 @@
+"""Secrets (``--object secret``): passphrases and keys under a name."""
+
+from __future__ import annotations
+
+from lamina.errors import UsageError
+
+
+class Secrets:
+    """The secret objects of one process or one tool run."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def lookup(self, name: str) -> bytes:
+        """The raw bytes. Raises UsageError if there is none of that name."""
+        try:
+            return self._values[name]
+        except KeyError:
+            raise UsageError(f"No secret with id '{name}'") from None
