@@ -2,8 +2,8 @@
 
 A driver module defines one subclass and an instance of it, ``DRIVER``, that the registry names as
 ``"lamina.formats.qcow2:DRIVER"``. Methods import what they need when they are called, so that
-opening an image does not load the code that checks or creates one. Every default refuses with the sentence
-that QEMU prints.
+opening an image does not load the code that checks or creates one. Every default refuses with the
+sentence that QEMU prints.
 """
 
 from __future__ import annotations
