@@ -1,0 +1,1 @@
+"""QEMU's own block tests, run unmodified against our tools."""

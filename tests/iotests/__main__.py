@@ -1,0 +1,77 @@
+"""Run the tests of QEMU that must pass: ``python -m tests.iotests [FORMAT [TEST…]]``.
+
+``passing.txt`` holds them, a line per format and test; a test that is added there stays there. The
+runner and the way to fetch QEMU's tests live beside this checkout, in ``../shared/iotests``; without
+that folder, or without root (the tests need namespaces), this says so and does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNNER = ROOT.parent / "shared" / "iotests"
+SOURCE = ROOT / ".peers" / "iotests"
+PASSING = Path(__file__).with_name("passing.txt")
+UNBUILT = ("qemu-nbd", "qemu-storage-daemon")
+"""The runner wants all four tools. No test in ``passing.txt`` calls these."""
+
+
+def passing() -> dict[str, list[str]]:
+    tests: dict[str, list[str]] = {}
+    for line in PASSING.read_text().splitlines():
+        if line and not line.startswith("#"):
+            format, test = line.split()
+            tests.setdefault(format, []).append(test)
+    return tests
+
+
+def fetch() -> None:
+    if not (SOURCE / "tests" / "qemu-iotests" / "check").exists():
+        SOURCE.parent.mkdir(exist_ok=True)
+        subprocess.run(["apt-get", "-qq", "update"], check=False)
+        subprocess.run([RUNNER / "fetch-iotests", SOURCE], check=True)
+
+
+def tools(directory: Path) -> Path:
+    """The four names that QEMU's tests call."""
+    bin = Path(sys.executable).parent
+    for name in ("img", "io"):
+        (directory / f"qemu-{name}").symlink_to(bin / f"lamina-{name}")
+    for name in UNBUILT:
+        tool = directory / name
+        tool.write_text(f"#!/bin/sh\necho '{name}: not built' >&2\nexit 1\n")
+        tool.chmod(0o755)
+    return directory
+
+
+def main(arguments: list[str]) -> int:
+    if not RUNNER.exists() or os.geteuid() != 0:
+        print("QEMU's own tests: not run (they need root and ../shared/iotests)")
+        return 0
+    wanted = passing()
+    if arguments:
+        wanted = {arguments[0]: arguments[1:] or wanted[arguments[0]]}
+    fetch()
+    passed = failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = tools(Path(scratch))
+        for format, tests in wanted.items():
+            result = Path(scratch, "result.json")
+            command = [RUNNER / "run-iotests", "--tools", directory, "--iotests", SOURCE]
+            command += ["--format", format, "--target", "--diff", "-j2", "--json", result, *tests]
+            subprocess.run(command, check=False)
+            counts = json.loads(result.read_text())
+            passed += counts["passed"]
+            failed += len(tests) - counts["passed"]
+    print(f"QEMU's own tests: {passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
