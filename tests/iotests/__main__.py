@@ -1,8 +1,8 @@
 """Run the tests of QEMU that must pass: ``python -m tests.iotests [FORMAT [TEST…]]``.
 
-``passing.txt`` holds them, a line per format and test; a test that is added there stays there. The
-runner and the way to fetch QEMU's tests live beside this checkout, in ``../shared/iotests``; without
-that folder, or without root (the tests need namespaces), this says so and does nothing.
+``passing.txt`` holds them, a line per format and test; what is added there stays there. The
+runner and the way to fetch QEMU's tests live beside this checkout, in ``../shared/iotests``;
+without that folder, or without root (the tests need namespaces), this says so and does nothing.
 """
 
 from __future__ import annotations
