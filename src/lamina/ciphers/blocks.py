@@ -39,6 +39,13 @@ class BlockCipher:
         result: bytes = self._cipher.encryptor().update(blocks)
         return result
 
+    def encrypt_into(self, blocks: Any, result: Any) -> None:
+        """``result`` is a byte buffer with room for one block more than ``blocks`` has."""
+        self._cipher.encryptor().update_into(blocks, result)
+
+    def decrypt_into(self, blocks: Any, result: Any) -> None:
+        self._cipher.decryptor().update_into(blocks, result)
+
     def decrypt(self, blocks: Any) -> bytes:
         result: bytes = self._cipher.decryptor().update(blocks)
         return result

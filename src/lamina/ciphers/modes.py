@@ -6,7 +6,8 @@ and the cipher sees one long run of blocks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 from lamina.ciphers.blocks import BlockCipher
 from lamina.errors import ImageUnsupported
@@ -28,6 +29,17 @@ class SectorCipher:
     def __init__(self, iv: Generator, block_size: int) -> None:
         self._iv = iv
         self._block_size = block_size
+        self._scratch = threading.local()
+
+    def scratch(self, name: str) -> Any:
+        """Bytes for a batch, one array per thread and name: fresh pages cost more than AES."""
+        import numpy as np
+
+        array = getattr(self._scratch, name, None)
+        if array is None:
+            array = np.empty(BATCH * SECTOR + 16, dtype=np.uint8)
+            setattr(self._scratch, name, array)
+        return array
 
     def encrypt(self, buffer: memoryview, sector: int) -> None:
         self._each_batch(buffer, sector, encrypt=True)
@@ -67,28 +79,37 @@ class Xts(SectorCipher):
     ) -> None:
         import numpy as np
 
-        tweaks = self._tweaks(ivs)
+        size = sectors.size
         words = sectors.view("<u8")
-        masked = words ^ tweaks
-        run = self._data.encrypt if encrypt else self._data.decrypt
-        result = np.frombuffer(run(masked.view(np.uint8)), dtype="<u8").reshape(words.shape)
-        np.bitwise_xor(result, tweaks, out=words)
+        tweaks = self._tweaks(ivs)
+        masked = self.scratch("masked")[:size]
+        np.bitwise_xor(words, tweaks, out=masked.view("<u8").reshape(words.shape))
+        result = self.scratch("result")
+        run = self._data.encrypt_into if encrypt else self._data.decrypt_into
+        run(masked, result[: size + 16])
+        np.bitwise_xor(result[:size].view("<u8").reshape(words.shape), tweaks, out=words)
 
     def _tweaks(self, ivs: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
         """Tweaks of all blocks: the encrypted vector, doubled in GF(2^128) from block to block."""
         import numpy as np
 
         first = np.frombuffer(self._tweak.encrypt(np.ascontiguousarray(ivs)), dtype="<u8")
-        low, high = first[0::2].copy(), first[1::2].copy()
-        tweaks = np.empty((len(ivs), SECTOR // 8), dtype="<u8")
+        count, words = len(ivs), SECTOR // 8
+        # A row per word of the sector, so that each step works on contiguous memory.
+        rows = self.scratch("rows")[: count * SECTOR].view("<u8").reshape(words, count)
+        rows[0], rows[1] = first[0::2], first[1::2]
         one, top, polynomial = np.uint64(1), np.uint64(63), np.uint64(0x87)
-        for block in range(0, SECTOR // 8, 2):
-            tweaks[:, block] = low
-            tweaks[:, block + 1] = high
-            carry = (high >> top) * polynomial
-            high = (high << one) | (low >> top)
-            low = (low << one) ^ carry
-        return tweaks
+        for word in range(0, words - 2, 2):
+            low, high = rows[word], rows[word + 1]
+            carry = high >> top
+            carry *= polynomial
+            np.left_shift(low, one, out=rows[word + 2])
+            rows[word + 2] ^= carry
+            np.left_shift(high, one, out=rows[word + 3])
+            rows[word + 3] |= low >> top
+        tweaks = self.scratch("tweaks")[: count * SECTOR].view("<u8").reshape(count, words)
+        tweaks[:] = rows.T
+        return tweaks  # type: ignore[no-any-return]
 
 
 class Cbc(SectorCipher):
@@ -106,8 +127,9 @@ class Cbc(SectorCipher):
         size = self._block_size
         if not encrypt:
             chain = np.concatenate([ivs, sectors[:, :-size]], axis=1)
-            clear = np.frombuffer(self._data.decrypt(sectors), dtype=np.uint8)
-            np.bitwise_xor(clear.reshape(sectors.shape), chain, out=sectors)
+            clear = self.scratch("result")
+            self._data.decrypt_into(sectors, clear[: sectors.size + 16])
+            np.bitwise_xor(clear[: sectors.size].reshape(sectors.shape), chain, out=sectors)
             return
         before = ivs
         for start in range(0, SECTOR, size):
