@@ -9,10 +9,10 @@ sentence that QEMU prints.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ImageUnsupported
+from lamina.records import dataclass
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
@@ -24,7 +24,7 @@ class NoOptions:
     """For drivers without options of their own."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Fix:
     """What ``check`` may repair."""
 
@@ -32,7 +32,7 @@ class Fix:
     errors: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class CheckResult:
     """What ``check`` found. ``…_fixed`` counts what was repaired: not in the other figures."""
 
@@ -49,7 +49,7 @@ class CheckResult:
     compressed_clusters: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Measurement:
     """Bytes that a new image needs: with the data it has to hold, and when fully allocated."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from lamina.records import dataclass, field
 
-@dataclass(slots=True)
+
+@dataclass
 class SnapshotInfo:
     id: str
     name: str
@@ -19,7 +20,7 @@ class SnapshotInfo:
     icount: int | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class NodeInfo:
     """One node, without its children. Sizes in bytes."""
 

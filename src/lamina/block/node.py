@@ -19,7 +19,6 @@ import errno
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from lamina.block.extents import Columns, Extent
@@ -27,6 +26,7 @@ from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.permissions import Perm
 from lamina.errors import Busy, ImageUnsupported, Refused
+from lamina.records import dataclass
 
 ReadRequest = tuple[int, memoryview]
 """Offset and the writable buffer to fill."""
@@ -36,7 +36,7 @@ WriteRequest = tuple[int, "bytes | bytearray | memoryview"]
 _anonymous = itertools.count(100)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NodeOptions:
     """The runtime options that all nodes share, as their opener settled them."""
 
@@ -58,7 +58,7 @@ class NodeOptions:
     """off, on or unmap: turn writes of zeroes into write_zeroes."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Attachment:
     """One use of a node: who uses it, for what, and what the user tolerates in others."""
 

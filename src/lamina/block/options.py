@@ -12,12 +12,12 @@ and receives an instance whose values have been parsed and checked.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from lamina.errors import UsageError
+from lamina.records import dataclass, field, fields
 from lamina.units import _parse_size
 
 
@@ -30,7 +30,7 @@ class Type(enum.Enum):
     BOOL = "bool (on/off)"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Spec:
     """What a field of an options class says about itself."""
 
@@ -53,13 +53,13 @@ def option(
 ) -> Any:
     """A field of an options class. ``choices`` limits a string to a set of words."""
     spec = Spec(key, type, help, tuple(choices), tuple(aliases))
-    return dataclasses.field(default=default, metadata={"option": spec})
+    return field(default=default, metadata={"option": spec})
 
 
 def specs(cls: type) -> dict[str, Spec]:
     """Field name -> what it says, in declaration order."""
     return {
-        f.name: f.metadata["option"] for f in dataclasses.fields(cls) if "option" in f.metadata
+        f.name: f.metadata["option"] for f in fields(cls) if "option" in f.metadata
     }
 
 
