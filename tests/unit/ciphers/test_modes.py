@@ -10,7 +10,8 @@ import pytest
 from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from lamina.ciphers import ivs, luks
+from lamina.ciphers import ivs
+from lamina.ciphers.luks import keys as luks
 from lamina.ciphers.modes import BATCH, MODES
 from lamina.errors import ImageUnsupported
 
