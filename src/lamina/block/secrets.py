@@ -17,3 +17,10 @@ class Secrets:
             return self._values[name]
         except KeyError:
             raise UsageError(f"No secret with id '{name}'") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def add(self, name: str, value: bytes) -> None:
+        """Keep ``value`` under ``name``; an older one of that name is replaced."""
+        self._values[name] = value
