@@ -26,6 +26,11 @@ class OpenContext(Protocol):
     def open_child(self, role: str, *, node_options: NodeOptions | None = None) -> Node:
         """Open the child that the options describe under ``role`` (``file`` above all)."""
 
+    def take_options(self, prefix: str) -> dict[str, Any]:
+        """The options whose keys begin with ``prefix``, without it: for lists and other options
+        that are no fields of ``Driver.Options`` (``inject-error.0.event``). An option that nobody
+        takes is refused."""
+
     def open_named(
         self, role: str, filename: str, *, driver: str | None, relative_to: Node
     ) -> Node | None:

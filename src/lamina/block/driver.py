@@ -66,6 +66,8 @@ class Driver:
     """Options of ``create``; None: this driver creates nothing. A field ``size`` is customary."""
     is_format = False
     supports_backing = False
+    strong_options: tuple[str, ...] = ()
+    """Keys of ``Options`` that change what the disk holds: ``json:{…}`` names repeat them."""
 
     def open(self, options: Any, context: OpenContext) -> Node:
         raise NotImplementedError
@@ -73,6 +75,10 @@ class Driver:
     def parse_filename(self, filename: str) -> dict[str, Any]:
         """Options out of ``prefix:rest`` or a URI; only for protocols. Raises UsageError."""
         return {"filename": filename}
+
+    def plain_filename(self, given: Mapping[str, Any]) -> str | None:
+        """Protocols: the file name that stands for exactly these options, if there is one."""
+        return None
 
     # -- creating --------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ class NodeOptions:
     """discard=unmap; otherwise discards are ignored."""
     detect_zeroes: str = "off"
     """off, on or unmap: turn writes of zeroes into write_zeroes."""
+    probed: bool = False
+    """The format was guessed from the content."""
 
 
 @dataclass(eq=False)

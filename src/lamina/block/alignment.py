@@ -1,0 +1,239 @@
+"""Any request made into aligned ones of bounded size, for storage that takes no others.
+
+A node whose ``limits.request_alignment`` is above 1 (O_DIRECT files, devices with 4 KiB sectors,
+blkdebug with ``align``) puts an ``Aligner`` in front of its storage. Its users then need not align
+anything: the limits tell them what is quick, not what is allowed.
+
+A write that begins or ends inside a block is a read-modify-write: read the first and the last block,
+put the new bytes between, write whole blocks. Nobody else may write to those blocks meanwhile, so
+such a write has its range for itself, while aligned ones only exclude those.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from lamina.block.limits import Limits, WriteFlags
+from lamina.block.node import ReadRequest, WriteRequest
+from lamina.units import round_down, round_up
+
+Range = tuple[int, int]
+"""Start and end, in bytes."""
+
+
+class AlignedStorage(Protocol):
+    """What an ``Aligner`` stands in front of: takes requests that respect ``limits``."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def aligned_readv(self, requests: Sequence[ReadRequest]) -> None: ...
+    def aligned_writev(self, requests: Sequence[WriteRequest], flags: WriteFlags) -> None: ...
+    def aligned_write_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None: ...
+    def aligned_discard(self, offset: int, length: int) -> None: ...
+    def event(self, name: str) -> None: ...
+
+
+class Aligner:
+    """Turns requests of any shape into those that ``storage`` takes."""
+
+    def __init__(self, storage: AlignedStorage) -> None:
+        self._storage = storage
+        self._writes = RangeLocks()
+
+    def readv(self, requests: Sequence[ReadRequest]) -> None:
+        limits = self._storage.limits
+        alignment = limits.request_alignment
+        whole = [one for one in requests if not (one[0] | len(one[1])) % alignment]
+        if whole:
+            self._storage.aligned_readv(fragments(whole, limits.max_transfer))
+        if len(whole) == len(requests):
+            return
+        for offset, buffer in requests:
+            if not (offset | len(buffer)) % alignment or not len(buffer):
+                continue
+            start = round_down(offset, alignment)
+            end = round_up(offset + len(buffer), alignment)
+            with aligned_buffer(end - start) as block:
+                self._read(start, block)
+                buffer[:] = block[offset - start : offset - start + len(buffer)]
+
+    def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
+        alignment = self._storage.limits.request_alignment
+        whole = [one for one in requests if not (one[0] | len(one[1])) % alignment]
+        if whole:
+            with self._writes.shared([(at, at + len(data)) for at, data in whole]):
+                self._write(whole, flags)
+        if len(whole) == len(requests):
+            return
+        for offset, data in requests:
+            if (offset | len(data)) % alignment and len(data):
+                self._read_modify_write(offset, data, flags)
+
+    def write_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
+        """Whole blocks by the storage's own means, the rest of the first and last one written."""
+        alignment = self._storage.limits.request_alignment
+        end = offset + length
+        body_start, body_end = round_up(offset, alignment), round_down(end, alignment)
+        if body_start >= body_end:
+            if length and (offset % alignment or end % alignment):
+                self._read_modify_write(offset, bytes(length), flags & WriteFlags.FUA)
+            return
+        if offset < body_start:
+            self._read_modify_write(offset, bytes(body_start - offset), flags & WriteFlags.FUA)
+        with self._writes.shared([(body_start, body_end)]):
+            self._zero(body_start, body_end, flags)
+        if body_end < end:
+            self._read_modify_write(body_end, bytes(end - body_end), flags & WriteFlags.FUA)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Whole units only: parts of one cannot be given back."""
+        limits = self._storage.limits
+        unit = max(limits.request_alignment, limits.discard_alignment)
+        start, end = round_up(offset, unit), round_down(offset + length, unit)
+        if start < end:
+            with self._writes.shared([(start, end)]):
+                for at, part in pieces(start, end, unit, limits.max_discard):
+                    self._storage.aligned_discard(at, part)
+
+    # -- aligned from here on --------------------------------------------------------------------
+
+    def _read(self, offset: int, buffer: memoryview) -> None:
+        limit = self._storage.limits.max_transfer
+        self._storage.aligned_readv(fragments([(offset, buffer)], limit))
+
+    def _write(self, requests: Sequence[WriteRequest], flags: WriteFlags) -> None:
+        self._storage.event("pwritev")
+        limit = self._storage.limits.max_transfer
+        self._storage.aligned_writev(fragments(requests, limit), flags)
+        self._storage.event("pwritev_done")
+
+    def _zero(self, start: int, end: int, flags: WriteFlags) -> None:
+        limits = self._storage.limits
+        self._storage.event("pwritev_zero")
+        unit = max(limits.request_alignment, limits.write_zeroes_alignment)
+        for at, part in pieces(start, end, unit, limits.max_write_zeroes):
+            self._storage.aligned_write_zeroes(at, part, flags)
+        self._storage.event("pwritev_done")
+
+    def _read_modify_write(
+        self, offset: int, data: bytes | bytearray | memoryview, flags: WriteFlags
+    ) -> None:
+        alignment = self._storage.limits.request_alignment
+        end = offset + len(data)
+        start, stop = round_down(offset, alignment), round_up(end, alignment)
+        with self._writes.exclusive((start, stop)), aligned_buffer(stop - start) as block:
+            self._read_edges(offset, end, start, stop, block)
+            block[offset - start : end - start] = data
+            self._write([(start, block)], flags)
+
+    def _read_edges(self, offset: int, end: int, start: int, stop: int, block: memoryview) -> None:
+        """Fill the first and last block of ``block`` with what is there, as far as needed."""
+        alignment = self._storage.limits.request_alignment
+        event = self._storage.event
+        head, tail = offset > start, end < stop
+        if head and tail and stop - start == alignment:  # one block is both
+            event("pwritev_rmw_head")
+            event("pwritev_rmw_tail")
+            self._read(start, block)
+            event("pwritev_rmw_after_head")
+            event("pwritev_rmw_after_tail")
+            return
+        if head:
+            event("pwritev_rmw_head")
+            self._read(start, block[:alignment])
+            event("pwritev_rmw_after_head")
+        if tail:
+            event("pwritev_rmw_tail")
+            self._read(stop - alignment, block[-alignment:])
+            event("pwritev_rmw_after_tail")
+
+
+def fragments(requests: Sequence[Any], limit: int) -> Sequence[Any]:
+    """The same requests, none of them longer than ``limit`` bytes (0: any length)."""
+    if not limit or all(len(buffer) <= limit for _, buffer in requests):
+        return requests
+    return [
+        (offset + skip, memoryview(buffer)[skip : skip + limit])
+        for offset, buffer in requests
+        for skip in range(0, len(buffer), limit)
+    ]
+
+
+def pieces(start: int, end: int, unit: int, limit: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of parts no longer than ``limit`` that meet at multiples of ``unit``.
+
+    The unit need not be a power of two. A limit below it, or 0, is none.
+    """
+    step = limit // unit * unit
+    while start < end:
+        stop = min(end, round_down(start, unit) + step) if step else end
+        yield start, stop - start
+        start = stop
+
+
+class RangeLocks:
+    """Ranges of bytes in use: shared ones exclude only exclusive ones."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._shared: list[Range] = []
+        self._exclusive: list[Range] = []
+
+    @contextmanager
+    def shared(self, ranges: Sequence[Range]) -> Iterator[None]:
+        """All of ``ranges`` at once: a batch that held some and waited for others could hang."""
+        with self._changed:
+            while any(_overlaps(one, self._exclusive) for one in ranges):
+                self._changed.wait()
+            self._shared.extend(ranges)
+        try:
+            yield
+        finally:
+            with self._changed:
+                for one in ranges:
+                    self._shared.remove(one)
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self, range: Range) -> Iterator[None]:
+        with self._changed:
+            while _overlaps(range, self._exclusive) or _overlaps(range, self._shared):
+                self._changed.wait()
+            self._exclusive.append(range)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._exclusive.remove(range)
+                self._changed.notify_all()
+
+
+def _overlaps(one: Range, others: Sequence[Range]) -> bool:
+    return any(one[0] < end and start < one[1] for start, end in others)
+
+
+_spare_buffers: list[mmap.mmap] = []
+_SPARE_SIZE = 1 << 20
+"""Bytes. Larger buffers are made anew each time."""
+
+
+@contextmanager
+def aligned_buffer(length: int) -> Iterator[memoryview]:
+    """``length`` bytes that start at a page: what O_DIRECT takes. Undefined content."""
+    if length > _SPARE_SIZE:
+        yield memoryview(mmap.mmap(-1, length))
+        return
+    try:
+        buffer = _spare_buffers.pop()
+    except IndexError:
+        buffer = mmap.mmap(-1, _SPARE_SIZE)
+    try:
+        with memoryview(buffer) as whole, whole[:length] as view:
+            yield view
+    finally:
+        _spare_buffers.append(buffer)

@@ -1,0 +1,357 @@
+"""A user's handle on a node: where requests from outside are checked.
+
+Nodes trust their callers (``block.node``). Tools, jobs and exports come in through a ``Backend``,
+which knows what its user asked for (permissions, cache mode) and refuses what lies outside.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.limits import Limits, Preallocation, WriteFlags
+from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
+from lamina.block.permissions import Perm
+from lamina.errors import Refused, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from lamina.block.extents import Extent
+    from lamina.block.info import NodeInfo
+    from lamina.block.session import Session
+
+_WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED
+
+_GUESSED_RAW = """\
+WARNING: Image format was not specified for '{}' and probing guessed raw.
+         Automatically detecting the format is dangerous for raw images, \
+write operations on block 0 will be restricted.
+         Specify the 'raw' format explicitly to remove the restrictions.
+"""
+
+
+class Backend:
+    """One use of the graph from outside. Close it, or use it as a context manager.
+
+    ``writethrough``: every write is durable when it returns.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        perm: Perm = Perm.CONSISTENT_READ,
+        shared: Perm = Perm.ALL,
+        writethrough: bool = False,
+        name: str = "a user outside of the graph",
+    ) -> None:
+        """Raises Busy if other users of ``node`` do not tolerate this one."""
+        self.node = node
+        self._attachment = node.used_by(None, name, perm, shared)
+        self._writethrough = writethrough
+        self._refresh()
+
+    @classmethod
+    def open(
+        cls,
+        reference: str | Mapping[str, Any],
+        *,
+        session: Session,
+        format: str | None = None,
+        image_opts: bool = False,
+        writable: bool = False,
+        cache: str = "writeback",
+        force_share: bool = False,
+        discard: str | None = None,
+        detect_zeroes: str | None = None,
+        resize: bool = False,
+        inspect: bool = False,
+        check: bool = False,
+        backing: bool = True,
+        options: Mapping[str, Any] | None = None,
+        perm: Perm | None = None,
+        shared: Perm | None = None,
+    ) -> Backend:
+        """Open a file name, ``json:{…}``, an option string (``image_opts``) or options.
+
+        ``format`` is the driver to use rather than the guessed one; ``cache`` a word of
+        ``block.cache_modes``; ``discard`` and ``detect_zeroes`` are the generic options of these
+        names; ``inspect``, ``check`` and ``backing`` as for ``block.opening.open_node``. Without
+        ``perm`` the user reads, and writes if ``writable``, and resizes if ``resize``; without
+        ``shared`` it tolerates everything in others.
+        """
+        from lamina.block.cache_modes import cache_mode
+        from lamina.block.opening import open_node
+
+        mode = cache_mode(cache)
+        extra = dict(options or {})
+        if image_opts:
+            from lamina.block.keyvalue import parse_keyvalue
+
+            reference = parse_keyvalue(str(reference), "file", warn=session.warn)
+        if format is not None:
+            extra["driver"] = format
+        if discard is not None:
+            extra["discard"] = discard
+        if detect_zeroes is not None:
+            extra["detect-zeroes"] = detect_zeroes
+        defaults = NodeOptions(
+            read_only=not writable,
+            force_share=force_share,
+            direct=mode.direct,
+            no_flush=mode.no_flush,
+        )
+        node = open_node(
+            reference,
+            session=session,
+            defaults=defaults,
+            options=extra,
+            inspect=inspect,
+            check=check,
+            backing=backing,
+        )
+        if perm is None:
+            perm = Perm.CONSISTENT_READ
+            if writable:
+                perm |= Perm.WRITE
+                if resize:
+                    perm |= Perm.RESIZE
+        try:
+            backend = cls(
+                node,
+                perm=perm,
+                shared=Perm.ALL if shared is None else shared,
+                writethrough=not mode.writeback,
+            )
+        except BaseException:
+            if not node.users:
+                node.close()
+            raise
+        if node.options.probed and node.driver == "raw" and not node.read_only:
+            session.warn(_GUESSED_RAW.format(node.filename).rstrip("\n"))
+        return backend
+
+    def _refresh(self) -> None:
+        """Look up what the hot paths ask for; again whenever it may have changed."""
+        node = self.node
+        self._alignment = node.limits.request_alignment
+        self._writable = bool(self._attachment.perm & _WRITES) and not node.read_only
+        detect = node.options.detect_zeroes
+        self._zero_flags: WriteFlags | None = None
+        if detect != "off":
+            self._zero_flags = WriteFlags.MAY_UNMAP if detect == "unmap" else WriteFlags.NONE
+        # A raw image whose format was guessed must not turn into something else: block 0.
+        self._guarded = node.options.probed and node.driver == "raw"
+        self._plain_writes = (
+            self._alignment == 1
+            and self._zero_flags is None
+            and not self._guarded
+            and not self._writethrough
+        )
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.node.size
+
+    @property
+    def read_only(self) -> bool:
+        return not self._writable
+
+    @property
+    def limits(self) -> Limits:
+        return self.node.limits
+
+    def info(self) -> NodeInfo:
+        return self.node.info()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Raises StorageError (EIO) behind the end."""
+        self._check_range(offset, length)
+        return self.node.extents(offset, length)
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def readv(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill every buffer. Raises StorageError (EIO) if one lies behind the end."""
+        size = self.node.size
+        for offset, buffer in requests:
+            if offset < 0 or offset + len(buffer) > size:
+                raise StorageError.from_errno(errno.EIO)
+        if self._alignment == 1:
+            self.node.readv(requests)
+        else:
+            from lamina.block import alignment
+
+            alignment.readv(self.node.readv, requests, self._alignment)
+
+    def read(self, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        self.readv([(offset, memoryview(buffer))])
+        return bytes(buffer)
+
+    def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
+        """Write every buffer. Raises Refused if this use does not write, StorageError (EIO) for
+        what lies behind the end."""
+        if not self._writable:
+            raise _read_only()
+        size = self.node.size
+        for offset, data in requests:
+            if offset < 0 or offset + len(data) > size:
+                raise StorageError.from_errno(errno.EIO)
+        if self._plain_writes:
+            self.node.writev(requests, flags)
+        else:
+            self._write_specially(requests, flags)
+
+    def write(
+        self, offset: int, data: bytes | bytearray | memoryview, flags: WriteFlags = WriteFlags.NONE
+    ) -> None:
+        self.writev([(offset, data)], flags)
+
+    def _write_specially(self, requests: Sequence[WriteRequest], flags: WriteFlags) -> None:
+        if self._guarded:
+            for offset, data in requests:
+                self._check_still_raw(offset, data)
+        if self._writethrough:
+            flags |= WriteFlags.FUA
+        if self._zero_flags is not None:
+            from lamina.block.zeroes import is_zero
+
+            rest = []
+            for offset, data in requests:
+                if is_zero(data):
+                    self._zero(offset, len(data), flags | self._zero_flags)
+                else:
+                    rest.append((offset, data))
+            requests = rest
+        if self._alignment == 1:
+            self.node.writev(requests, flags)
+        else:
+            from lamina.block import alignment
+
+            alignment.writev(self.node.readv, self.node.writev, requests, self._alignment, flags)
+
+    def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
+        """Whole encoded units; see ``Node.write_compressed``."""
+        self._check_writable()
+        for offset, data in requests:
+            self._check_range(offset, len(data))
+            if self._guarded:
+                self._check_still_raw(offset, data)
+        self.node.write_compressed(requests)
+        if self._writethrough:
+            self.node.flush()
+
+    def write_zeroes(
+        self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE
+    ) -> None:
+        self._check_writable()
+        self._check_range(offset, length)
+        if self._writethrough:
+            flags |= WriteFlags.FUA
+        self._zero(offset, length, flags)
+
+    def _zero(self, offset: int, length: int, flags: WriteFlags) -> None:
+        if self._alignment == 1 or not (offset | length) % self._alignment:
+            self.node.write_zeroes(offset, length, flags)
+        else:
+            from lamina.block import alignment
+
+            alignment.write_zeroes(self.node, offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        """A hint; units that the range covers only in part are left alone."""
+        self._check_writable()
+        self._check_range(offset, length)
+        unit = max(self._alignment, self.node.limits.discard_alignment)
+        start, end = -(-offset // unit) * unit, (offset + length) // unit * unit
+        if offset + length == self.node.size:
+            end = offset + length
+        if start < end:
+            self.node.discard(start, end - start)
+
+    def flush(self) -> None:
+        self.node.flush()
+
+    def truncate(
+        self,
+        size: int,
+        preallocation: Preallocation = Preallocation.OFF,
+        *,
+        exact: bool = True,
+        zeroed: bool = False,
+    ) -> None:
+        """Change the size; takes the permission to do so for as long as it needs it."""
+        if size < 0:
+            raise UsageError("Required too big image size, it must be not greater than 2^63 - 1")
+        if self.node.read_only:
+            raise Refused("Image is read-only", errno=errno.EACCES)
+        perm, shared = self._attachment.perm, self._attachment.shared
+        temporary = not perm & Perm.RESIZE
+        if temporary:
+            self._attachment.change(perm | Perm.RESIZE, shared)
+        try:
+            self.node.truncate(size, preallocation, exact=exact, zeroed=zeroed)
+        finally:
+            if temporary:
+                self._attachment.change(perm, shared)
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise _read_only()
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.node.size:
+            raise StorageError.from_errno(errno.EIO)
+
+    def _check_still_raw(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Raises Refused if this write made block 0 look like another format."""
+        from lamina.block.probing import PROBE_SIZE, probe
+
+        if offset >= PROBE_SIZE or not len(data):
+            return
+        head = bytearray(self.read(0, min(PROBE_SIZE, self.node.size)))
+        part = bytes(memoryview(data)[: len(head) - offset])
+        head[offset : offset + len(part)] = part
+        if probe(bytes(head), self.node.filename) != "raw":
+            raise Refused("Operation not permitted")
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def change_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Raises Busy, and changes nothing, if others do not tolerate it."""
+        self._attachment.change(perm, shared)
+        self._refresh()
+
+    def reopen(
+        self, *, writable: bool, writethrough: bool | None = None, perm: Perm | None = None
+    ) -> None:
+        """Switch between reading and writing, or to another cache mode."""
+        shared = self._attachment.shared
+        if not writable:
+            self._attachment.change(Perm.CONSISTENT_READ if perm is None else perm, shared)
+            self.node.reopen(read_only=True)
+        else:
+            self.node.reopen(read_only=False)
+            wanted = Perm.CONSISTENT_READ | Perm.WRITE if perm is None else perm
+            self._attachment.change(wanted, shared)
+        if writethrough is not None:
+            self._writethrough = writethrough
+        self._refresh()
+
+    def close(self) -> None:
+        """End this use; the last user's end closes the node. Closing twice is harmless."""
+        self._attachment.detach()
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_only() -> Refused:
+    return Refused("Block node is read-only", errno=errno.EACCES)

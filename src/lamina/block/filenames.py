@@ -1,0 +1,180 @@
+"""File names: which protocol they ask for, what they are relative to, how nodes show theirs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lamina.block import registry
+from lamina.block.keyvalue import flatten, nest
+from lamina.errors import Refused, UsageError
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+
+
+def protocol_prefix(filename: str) -> str | None:
+    """What stands before the first ``:``, unless a ``/`` comes earlier; None for plain names.
+
+    On Windows a single letter is a drive, and ``\\\\`` separates directories as well.
+    """
+    head, colon, _ = filename.partition(":")
+    if not colon or "/" in head:
+        return None
+    if sys.platform == "win32" and (len(head) == 1 or "\\" in head):
+        return None
+    return head
+
+
+def is_json(filename: str) -> bool:
+    return filename.startswith("json:")
+
+
+def parse_json(filename: str) -> dict[str, Any]:
+    """The options in a ``json:{…}`` name, flattened to dotted keys. Raises UsageError."""
+    import json
+
+    text = filename.removeprefix("json:")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"Could not parse the JSON options: JSON parse error, {_json_trouble(text, error)}"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError("Invalid JSON object given")
+    return flatten(value)
+
+
+def _json_trouble(text: str, error: Exception) -> str:
+    """What QEMU's parser says of the commonest mistake, a bare word; else what ours says."""
+    position = getattr(error, "pos", None)
+    if position is None:
+        return "too deeply nested"
+    word = ""
+    for letter in text[position:]:
+        if not (letter.isascii() and letter.isalpha()):
+            break
+        word += letter
+    if word and word not in ("true", "false", "null"):
+        return f"invalid keyword '{word}'"
+    return str(error).partition(":")[0].lower()
+
+
+def protocol_options(filename: str) -> dict[str, Any]:
+    """``driver`` and the options that open ``filename`` at the protocol level.
+
+    Raises UsageError for a prefix that no driver reads.
+    """
+    prefix = protocol_prefix(filename)
+    if prefix is None:
+        return {"driver": _local_driver(filename), "filename": filename}
+    if prefix == "file":
+        plain = filename.removeprefix("file:")
+        return {"driver": _local_driver(plain), "filename": plain}
+    name = registry.by_prefix(prefix)
+    if name is None:
+        raise UsageError(f"Unknown protocol '{prefix}'")
+    return {"driver": name, **registry.driver(name).parse_filename(filename)}
+
+
+def _local_driver(filename: str) -> str:
+    """``host_device`` for devices, ``file`` for everything else, missing files included."""
+    import stat
+
+    try:
+        mode = os.stat(filename).st_mode
+    except (OSError, ValueError):
+        return "file"
+    return "host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file"
+
+
+# -- names relative to an image --------------------------------------------------------------------
+
+
+def is_absolute(filename: str) -> bool:
+    """Whether a name means the same wherever it is stored: an absolute path, or a protocol."""
+    return os.path.isabs(filename) or protocol_prefix(filename) is not None
+
+
+def combine(base: str, name: str) -> str:
+    """``name`` as stored in the image ``base`` (a path or URL), seen from where we are."""
+    if is_absolute(name):
+        return name
+    return directory_part(base) + name
+
+
+def directory_part(filename: str) -> str:
+    """Everything up to the last separator, with it: of a path, or of the path of a URL."""
+    prefix = protocol_prefix(filename)
+    start = 0 if prefix is None else len(prefix) + 1
+    if filename[start : start + 2] == "//":
+        # A URL without a path has no directory: never cut into the name of the host.
+        start = filename.find("/", start + 2) + 1
+        if start == 0:
+            return filename + "/"
+    separators = [filename.rfind("/", start)]
+    if sys.platform == "win32":
+        separators.append(filename.rfind("\\", start))
+    return filename[: max(*separators, start - 1) + 1]
+
+
+def base_directory(node: Node) -> str:
+    """Where names stored in ``node`` start from, with a separator at its end (or empty).
+
+    Raises UsageError if the node lives where there are no directories.
+    """
+    below = node
+    while (inner := below.child("file") or below.child("image")) is not None:
+        below = inner
+    if is_json(below.filename) or below.driver.startswith("null-"):
+        raise UsageError(
+            "Cannot generate a base directory with the extended"
+            if False
+            else f"Cannot generate a base directory for {below.driver} nodes"
+        )
+    return directory_part(below.filename)
+
+
+def full_backing_filename(node: Node, stored: str) -> str:
+    """``stored``, the name of a backing file, as it would be opened for ``node``."""
+    if is_absolute(stored):
+        return stored
+    return base_directory(node) + stored
+
+
+def local_path(options: Mapping[str, Any]) -> str | None:
+    """The path of the plain local file that these options open; None for anything else."""
+    for prefix in ("file.", ""):
+        if options.get(f"{prefix}driver") == "file":
+            path = options.get(f"{prefix}filename")
+            return path if isinstance(path, str) else None
+    return None
+
+
+# -- names to show -------------------------------------------------------------------------------
+
+
+def json_filename(options: Mapping[str, Any]) -> str:
+    """``json:{…}`` for a graph that no plain name describes. Dotted keys become objects."""
+    import json
+
+    return "json:" + json.dumps(nest(options))
+
+
+__all__ = [
+    "Refused",
+    "base_directory",
+    "combine",
+    "directory_part",
+    "full_backing_filename",
+    "is_absolute",
+    "is_json",
+    "json_filename",
+    "local_path",
+    "parse_json",
+    "protocol_options",
+    "protocol_prefix",
+]

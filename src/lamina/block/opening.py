@@ -1,0 +1,441 @@
+"""Opening: from a name or a set of options to a graph of nodes.
+
+The user says what to open in one of three ways: a file name (``disk.qcow2``, ``nbd://host/disk``,
+``file:a:b``), options (``driver=raw,file.filename=…``, dotted or nested), or options written as a
+file name (``json:{…}``). A name alone means: the protocol that the name asks for, below the format
+that the first bytes suggest.
+
+Two levels are told apart. At the *protocol* level a name stands for storage, and nothing is probed:
+so every format opens its ``file``. At the *image* level a name stands for a disk: so users and
+backing files are opened. Each node takes the generic options (read-only, cache, …) that were not
+given for it from the node above.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lamina.block import filenames, registry
+from lamina.block.keyvalue import flatten, subset
+from lamina.block.node import Node, NodeOptions
+from lamina.block.options import Spec, Type, convert, parse
+from lamina.block.policy import check_named
+from lamina.errors import LaminaError, UsageError
+from lamina.records import replace
+
+if TYPE_CHECKING:
+    from lamina.block.driver import Driver
+    from lamina.block.secrets import Secrets
+    from lamina.block.session import Session
+
+_BOOLS = {
+    "read-only": "read_only",
+    "auto-read-only": "auto_read_only",
+    "force-share": "force_share",
+    "cache.direct": "direct",
+    "cache.no-flush": "no_flush",
+}
+_DISCARD = {"off": False, "ignore": False, "on": True, "unmap": True}
+_DETECT_ZEROES = ("off", "on", "unmap")
+
+
+def open_node(
+    reference: str | Mapping[str, Any],
+    *,
+    session: Session,
+    defaults: NodeOptions,
+    options: Mapping[str, Any] | None = None,
+    protocol: bool = False,
+    inspect: bool = False,
+    check: bool = False,
+    backing: bool = True,
+) -> Node:
+    """Open a file name or a set of options; nobody uses the node yet.
+
+    ``defaults`` are the generic options for nodes that do not say otherwise; ``options`` are merged
+    with (and win over) those of ``reference``. With ``protocol`` nothing is probed and no format is
+    put on top. ``inspect``, ``check``: see ``OpenContext``. Without ``backing`` the image is opened
+    without its backing file.
+    """
+    opener = Opener(session, inspect=inspect, check=check, backing=backing)
+    given = flatten(options or {})
+    if isinstance(reference, str):
+        return opener.open(reference, given, defaults, protocol=protocol)
+    return opener.open(None, {**flatten(reference), **given}, defaults, protocol=protocol)
+
+
+class Opener:
+    """One request to open something, with what all of its nodes have in common."""
+
+    def __init__(self, session: Session, *, inspect: bool, check: bool, backing: bool) -> None:
+        self.session = session
+        self.inspect = inspect
+        self.check = check
+        self.backing = backing
+
+    def open(
+        self,
+        filename: str | None,
+        options: dict[str, Any],
+        defaults: NodeOptions,
+        *,
+        protocol: bool = False,
+        chain: tuple[str, ...] = (),
+    ) -> Node:
+        """``options`` are dotted and taken over by the callee; ``chain`` names the overlays."""
+        if filename is not None and filenames.is_json(filename):
+            options = {**filenames.parse_json(filename), **options}
+            filename = None
+        if protocol and filename is None and "driver" not in options:
+            filename = options.pop("filename", None)
+        name = options.pop("driver", None)
+        if name is not None:
+            return self._open_known(str(name), filename, options, defaults, chain)
+        if protocol:
+            name, options = _protocol(filename, options)
+            return self._open_driver(name, options, defaults, filename, chain=chain)
+        return self._open_probed(filename, options, defaults, chain)
+
+    def _open_known(
+        self,
+        name: str,
+        filename: str | None,
+        options: dict[str, Any],
+        defaults: NodeOptions,
+        chain: tuple[str, ...],
+    ) -> Node:
+        driver = registry.driver(name)
+        if filename is None:
+            return self._open_driver(name, options, defaults, None, chain=chain)
+        if registry.is_protocol(name):
+            options = {**driver.parse_filename(filename), **options}
+            return self._open_driver(name, options, defaults, filename, chain=chain)
+        _name_child(options, filename)
+        return self._open_driver(name, options, defaults, filename, chain=chain)
+
+    def _open_probed(
+        self,
+        filename: str | None,
+        options: dict[str, Any],
+        defaults: NodeOptions,
+        chain: tuple[str, ...],
+    ) -> Node:
+        """A format on top of its storage, by what the storage holds."""
+        if filename is None and not any(k == "file" or k.startswith("file.") for k in options):
+            raise UsageError("Must specify either driver or file")
+        if filename is not None:
+            _name_child(options, filename)
+        settings, _ = _generic(dict(options), defaults)
+        file = self.child("file", options, _below_format(settings), chain)
+        try:
+            name = _probe(file)
+            return self._open_driver(
+                name, options, defaults, filename, chain=chain, file=file, probed=True
+            )
+        except BaseException:
+            _close_unused(file)
+            raise
+
+    def _open_driver(
+        self,
+        name: str,
+        options: dict[str, Any],
+        defaults: NodeOptions,
+        filename: str | None,
+        *,
+        chain: tuple[str, ...],
+        file: Node | None = None,
+        probed: bool = False,
+    ) -> Node:
+        driver = registry.driver(name)
+        settings, options = _generic(options, defaults)
+        if settings.node_name:
+            self.session.check_name(settings.node_name)
+        shown = options.get("filename") or (file.filename if file else filename) or ""
+        settings = replace(settings, filename=str(shown), probed=probed)
+        parsed, rest = parse(driver.Options, options)
+        own = {key: value for key, value in options.items() if key not in rest}
+        context = Context(self, driver, settings, {**options}, rest, chain)
+        if file is not None:
+            context.opened["file"] = file
+        try:
+            node = driver.open(parsed, context)
+        except BaseException:
+            context.close_unused()
+            raise
+        try:
+            context.refuse_leftovers()
+            if type(node).filename is Node.filename:
+                shown = shown_filename(driver, node, own, filename)
+                node.options = replace(node.options, filename=shown)
+            if settings.node_name:
+                self.session.add_node(node)
+        except BaseException:
+            node.close()
+            raise
+        return node
+
+    def child(
+        self, role: str, options: dict[str, Any], defaults: NodeOptions, chain: tuple[str, ...]
+    ) -> Node:
+        """The child that ``options`` describe under ``role``; takes these keys out of them."""
+        reference = options.pop(role, None)
+        below = _take(options, f"{role}.")
+        if reference is not None:
+            if below:
+                raise UsageError(
+                    "Cannot reference an existing block device with additional options "
+                    "or a new filename"
+                )
+            return self.session.node(str(reference))
+        if not below:
+            raise UsageError(f'A block device must be specified for "{role}"')
+        return self.open(None, below, defaults, protocol=True, chain=chain)
+
+
+class Context:
+    """What a driver sees while it opens a node: an ``OpenContext``."""
+
+    def __init__(
+        self,
+        opener: Opener,
+        driver: Driver,
+        settings: NodeOptions,
+        image_option: Mapping[str, Any],
+        rest: dict[str, Any],
+        chain: tuple[str, ...],
+    ) -> None:
+        self.node_options = settings
+        self.secrets: Secrets = opener.session.secrets
+        self.inspect = opener.inspect
+        self.check = opener.check
+        self.image_option = image_option
+        self.opened: dict[str, Node] = {}
+        self._opener = opener
+        self._driver = driver
+        self._rest = rest
+        self._chain = chain
+
+    def open_child(self, role: str, *, node_options: NodeOptions | None = None) -> Node:
+        ready = self.opened.get(role)
+        if ready is None:
+            defaults = node_options or self._child_defaults()
+            ready = self._opener.child(role, self._rest, defaults, self._chain)
+            self.opened[role] = ready
+        return ready
+
+    def _child_defaults(self) -> NodeOptions:
+        if self._driver.is_format:
+            return _below_format(self.node_options)
+        return replace(self.node_options, node_name="", filename="", probed=False)
+
+    def take_options(self, prefix: str) -> dict[str, Any]:
+        return _take(self._rest, prefix)
+
+    def open_named(
+        self, role: str, filename: str, *, driver: str | None, relative_to: Node
+    ) -> Node | None:
+        explicit = _take(self._rest, f"{role}.")
+        if role in self._rest:
+            reference = self._rest.pop(role)
+            if reference is None:
+                return None
+            if self._opener.inspect:
+                return None
+            return self._prefixed(role, lambda: self._opener.session.node(str(reference)))
+        if self._opener.inspect or (role == "backing" and not self._opener.backing):
+            return None
+        node = self._prefixed(
+            role, lambda: self._open_named(role, filename, driver, relative_to, explicit)
+        )
+        if node is not None:
+            self.opened[role] = node
+        return node
+
+    def _open_named(
+        self,
+        role: str,
+        filename: str,
+        driver: str | None,
+        relative_to: Node,
+        explicit: dict[str, Any],
+    ) -> Node | None:
+        protocol = role != "backing"
+        defaults = _below_format(self.node_options)
+        if role == "backing":
+            defaults = replace(self._child_defaults(), read_only=True, auto_read_only=False)
+        user_says_where = any(
+            key in ("file", "filename") or key.startswith("file.") for key in explicit
+        )
+        if user_says_where:
+            return self._opener.open(None, explicit, defaults, protocol=protocol)
+        if not filename:
+            if not explicit:
+                return None
+            raise UsageError("Must specify either driver or file")
+        full = filenames.full_backing_filename(relative_to, filename)
+        path = _local_path(full)
+        check_named(
+            self._opener.session.policy, filename, role, path, _home(relative_to)
+        )
+        # A file of this image is no step down the chain: only backing files can lead back.
+        chain = (*self._chain, _identity(relative_to.filename))
+        if role == "backing" and _identity(full) in chain:
+            raise UsageError(f"Backing file '{full}' creates an infinite loop.")
+        if driver is not None:
+            explicit.setdefault("driver", driver)
+        return self._opener.open(full, explicit, defaults, protocol=protocol, chain=chain)
+
+    @staticmethod
+    def _prefixed(role: str, action: Any) -> Any:
+        try:
+            return action()
+        except LaminaError as error:
+            if role == "backing":
+                error.in_context("Could not open backing file: ")
+            raise
+
+    def close_unused(self) -> None:
+        """After a failure: what was opened for a node that did not come to be."""
+        for node in self.opened.values():
+            _close_unused(node)
+
+    def refuse_leftovers(self) -> None:
+        """Raises UsageError for options that nobody asked for."""
+        if self._driver.supports_backing and self._opener.inspect:
+            self._rest.pop("backing", None)
+        for key in self._rest:
+            if registry.is_protocol(self._driver.name):
+                text = f"Block protocol '{self._driver.name}' doesn't support the option '{key}'"
+            else:
+                text = f"Block format '{self._driver.name}' does not support the option '{key}'"
+            raise UsageError(text, field=key)
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+def _generic(
+    options: dict[str, Any], defaults: NodeOptions
+) -> tuple[NodeOptions, dict[str, Any]]:
+    """The options that every node has, and the others."""
+    changes: dict[str, Any] = {}
+    for key, name in _BOOLS.items():
+        if key in options:
+            changes[name] = convert(Spec(key, Type.BOOL, ""), options.pop(key))
+    if "node-name" in options:
+        changes["node_name"] = str(options.pop("node-name"))
+    if "discard" in options:
+        word = options.pop("discard")
+        if word not in _DISCARD:
+            raise UsageError("Invalid discard option")
+        changes["unmap"] = _DISCARD[word]
+    if "detect-zeroes" in options:
+        word = options.pop("detect-zeroes")
+        if word not in _DETECT_ZEROES:
+            raise UsageError(f"invalid parameter value: {word}")
+        changes["detect_zeroes"] = word
+    settings = replace(defaults, **changes)
+    if settings.detect_zeroes == "unmap" and not settings.unmap:
+        raise UsageError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation "
+            "to unmap"
+        )
+    if settings.force_share and not settings.read_only:
+        raise UsageError("force-share=on can only be used with read-only images")
+    return settings, options
+
+
+def _below_format(settings: NodeOptions) -> NodeOptions:
+    """Defaults for a format's children: the format itself decides about discards and zeroes."""
+    return replace(
+        settings, node_name="", filename="", unmap=True, detect_zeroes="off", probed=False
+    )
+
+
+def _take(options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found = subset(options, prefix)
+    for key in found:
+        del options[prefix + key]
+    return found
+
+
+def _name_child(options: dict[str, Any], filename: str) -> None:
+    """Let ``file`` be what ``filename`` asks for; options given for it win."""
+    if "file" in options:
+        raise UsageError(
+            "Cannot reference an existing block device with additional options or a new filename"
+        )
+    for key, value in filenames.protocol_options(filename).items():
+        options.setdefault(f"file.{key}", value)
+
+
+def _protocol(filename: Any, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    if filename is None:
+        raise UsageError("Must specify either driver or file")
+    found = {**filenames.protocol_options(str(filename)), **options}
+    return found.pop("driver"), found
+
+
+# -- what is there -------------------------------------------------------------------------------
+
+
+def _probe(file: Node) -> str:
+    from lamina.block.probing import PROBE_SIZE, probe
+
+    head = file.read(0, min(PROBE_SIZE, file.size))
+    name = probe(head, file.filename)
+    if not registry.is_known(name):
+        raise UsageError(f"The image is in the format '{name}', which has no driver here")
+    return name
+
+
+def _close_unused(node: Node) -> None:
+    if not node.users:
+        node.close()
+
+
+def _local_path(filename: str) -> str | None:
+    if filenames.is_json(filename):
+        return filenames.local_path(filenames.parse_json(filename))
+    options = filenames.protocol_options(filename)
+    return options["filename"] if options["driver"] == "file" else None
+
+
+def _home(node: Node) -> str | None:
+    path = _local_path(node.filename)
+    return None if path is None else os.path.dirname(path) or "."
+
+
+def _identity(filename: str) -> str:
+    """Two names with the same identity open the same file."""
+    path = _local_path(filename)
+    return filename if path is None else os.path.realpath(path)
+
+
+def shown_filename(
+    driver: Driver, node: Node, own: Mapping[str, Any], filename: str | None
+) -> str:
+    """The name of ``node``: plain where a plain name opens the same, else ``json:{…}``."""
+    strong = {key: value for key, value in own.items() if key in driver.strong_options}
+    if registry.is_protocol(driver.name):
+        if isinstance(own.get("filename"), str):
+            return str(own["filename"])
+        return driver.plain_filename(own) or filenames.json_filename(
+            {"driver": driver.name, **strong}
+        )
+    file = node.child("file")
+    if file is None:
+        return filename or ""
+    if driver.is_format and not strong and not filenames.is_json(file.filename):
+        if not file.is_format and not (file.is_filter and not registry.is_protocol(file.driver)):
+            return file.filename
+    inner: dict[str, Any]
+    if filenames.is_json(file.filename):
+        inner = filenames.parse_json(file.filename)
+    else:
+        inner = filenames.protocol_options(file.filename)
+    below = {f"file.{key}": value for key, value in inner.items()}
+    return filenames.json_filename({**strong, "driver": driver.name, **below})

@@ -1,0 +1,44 @@
+"""The opening policy: one gate for every name that an image stores.
+
+A disk image may name other files: a backing file, a data file, the extents of a VMDK. Whoever opens
+an image that somebody else made must be able to say that it may not reach for ``/etc/shadow`` or
+for a server in the internal network.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+
+from lamina.errors import Refused
+
+
+class Policy(enum.Enum):
+    """What names stored in images may be opened."""
+
+    ALLOW = "allow"
+    """All of them, as QEMU does."""
+    BESIDE = "beside"
+    """Plain local files in the directory of the image that names them, or below it."""
+    DENY = "deny"
+    """None."""
+
+
+def check_named(policy: Policy, name: str, role: str, path: str | None, home: str | None) -> None:
+    """Raises Refused unless ``policy`` lets an image open what it names as its ``role``.
+
+    ``path`` is the local file that the name resolved to, None for everything else; ``home`` the
+    directory of the image. Symbolic links are followed before judging.
+    """
+    if policy is Policy.ALLOW:
+        return
+    if policy is Policy.DENY:
+        raise Refused(f"Opening the {role} file '{name}' is denied by the opening policy")
+    if path is None or home is None:
+        raise Refused(f"The {role} file '{name}' is not a plain local file")
+    inside = os.path.realpath(home)
+    target = os.path.realpath(path)
+    if os.path.commonpath([inside, target]) != inside:
+        raise Refused(f"The {role} file '{name}' is not in the directory of the image")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise Refused(f"The {role} file '{name}' is not a plain local file")
