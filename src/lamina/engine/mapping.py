@@ -23,7 +23,7 @@ from lamina.errors import ImageUnsupported
 
 if TYPE_CHECKING:
     from lamina.block.extents import Cipher
-    from lamina.block.node import Node
+    from lamina.block.node import Node, WriteRequest
     from lamina.block.permissions import Perm
     from lamina.engine.metadata import Metadata
 
@@ -96,6 +96,11 @@ class Mapping(ABC):
     """Which codec compressed writes use."""
     vmstate_offset: int = 0
     """Guest offset behind the disk where VM state is kept; 0: nowhere."""
+    request_alignment: int = 1
+    """What offsets and lengths of requests must be multiples of: 512 where data is encrypted."""
+    data_node: Node
+    """What ``locate`` points into. Only mappings that override ``locate`` or ``locate_for_writing``
+    need it."""
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -107,6 +112,14 @@ class Mapping(ABC):
         Raises ImageCorrupt for a table that breaks the rules.
         """
 
+    def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
+        """The quick way for small reads: a host offset in ``data_node`` for every request.
+
+        -1 stands for a request that is not one run of plain, unencrypted data there (or whose
+        table is not at hand): the engine then resolves. None: there is no quick way.
+        """
+        return None
+
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         """The same as arrays, for whole-image work."""
         step = 1 << 36
@@ -116,9 +129,19 @@ class Mapping(ABC):
 
     # -- writing ---------------------------------------------------------------------------------
 
+    def locate_for_writing(self, requests: Sequence[WriteRequest]) -> list[int] | None:
+        """The quick way for small writes: as ``locate``, and a host offset only where the data may
+        be written in place without any change of tables."""
+        return None
+
     @abstractmethod
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
-        """Places for writes to these (guest offset, length): sorted, without overlaps."""
+        """Places for writes to these (guest offset, length): sorted, without overlaps.
+
+        No unit is touched by two of the ranges; adjoining writes arrive as one range. The last one
+        may end within the last unit of the disk: the rest of that unit is to be copied like any
+        other tail. If it raises, nothing has been reserved.
+        """
 
     def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
         """Places for encoded units (guest offset, encoded bytes). One piece per unit, in order;
@@ -126,7 +149,7 @@ class Mapping(ABC):
         raise ImageUnsupported("Compression not supported for this file format")
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
-        """Whole units read as zeroes from now on, by tables alone.
+        """Whole units read as zeroes from now on, by tables alone. Ends at a multiple of ``unit``.
 
         False: this format cannot say it for this range; the engine writes zeroes instead.
         """

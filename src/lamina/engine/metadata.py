@@ -4,28 +4,331 @@ A change of a format's tables is several writes that must not reach the disk in 
 format says for each write which *stage* it belongs to; ``commit`` writes the stages in order with a
 flush of the file between them:
 
-    COUNTS   space is taken: refcounts up, allocation bitmaps, the tables that hold them
-    TABLES   tables whose entries name data (the data itself was written before)
-    ROOTS    what names the tables: upper tables, header fields
-    FREES    space is given back: refcounts down
+    COUNTS       space is taken: refcounts up, allocation bitmaps, new tables of such
+    COUNT_ROOTS  what names the tables of counts: entries of a refcount table, its place
+    TABLES       tables whose entries name data (the data itself was written before)
+    ROOTS        what names the tables: upper tables, header fields
+    FREES        space is given back: refcounts down
 
 A crash between any two writes then leaves at most space that nobody names.
+
+Two more edges follow from the same order. Data is written to storage before the tables that name
+it: the flush in front of TABLES covers it, which is why the engine reports data with
+``data_written``. And space that lost its last name may be given away, punched out or counted down
+only once nobody can still find it, after a crash or with a read in flight: ``when_durable`` calls
+back when that is so, just before FREES is written. Counts therefore go down inside such a callback,
+never earlier: a block of counts may be written for the sake of another entry at any time.
+
+Everything here happens under the disk's lock. A flush that fails may have lost what was written
+since the one before it, so writes count as dirty again until a flush has succeeded: a commit that
+raised can be repeated.
 """
 
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from lamina.engine.locks import Pins
+from lamina.errors import LaminaError
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
 
 
 class Stage(enum.IntEnum):
     COUNTS = 0
-    TABLES = 1
-    ROOTS = 2
-    FREES = 3
+    COUNT_ROOTS = 1
+    TABLES = 2
+    ROOTS = 3
+    FREES = 4
+
+
+COUNTING = (Stage.COUNTS, Stage.COUNT_ROOTS, Stage.FREES)
+"""What lazy counting leaves for later."""
+
+
+class DirtyWrite(NamedTuple):
+    host_offset: int
+    data: bytes | bytearray | memoryview
+    event: str
+    """What the file is told before it is written (``Node.event``)."""
+
+
+class Source(Protocol):
+    """Somebody who keeps dirty metadata until it is collected, such as a cache of tables."""
+
+    name: str
+    """For the report of a failed close: "L2 table cache"; "" is not reported."""
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes that the next commit would write."""
+
+    def collect(self, stage: Stage) -> list[DirtyWrite]:
+        """What is dirty in this stage."""
+
+    def written(self, stage: Stage, generation: int) -> None:
+        """What ``collect`` returned has been written, in the write of this number."""
+
+    def settled(self, generation: int) -> None:
+        """The writes up to this number are durable."""
+
+    def lost(self) -> None:
+        """A flush failed: what has been written but is not settled is dirty again."""
 
 
 class Metadata:
-    """Filled in by the engine's author: see the module's text."""
+    """The dirty metadata of one image, and the order in which it is written."""
 
-    def commit(self) -> None:
-        raise NotImplementedError
+    def __init__(self, file: Node, *, limit: int = 8 << 20) -> None:
+        """``limit``: dirty bytes that ``relieve`` tolerates."""
+        self.file = file
+        self.limit = limit
+        self.lazy_counts = False
+        """While set, commits leave COUNTS, COUNT_ROOTS and FREES for later (``commit(True)``): the
+        format has marked the image so that the counts are rebuilt after a crash."""
+        self.pins = Pins()
+        """Reads in flight; the disk puts its own here."""
+        self._puts = Puts()
+        self.sources: list[Source] = [self._puts]
+        self._callbacks: list[tuple[int, Callable[[], None]]] = []
+        self._generation = 0
+        self._unflushed: dict[int, Node] = {}
+
+    # -- changes ---------------------------------------------------------------------------------
+
+    def put(
+        self,
+        stage: Stage,
+        host_offset: int,
+        data: bytes | bytearray | memoryview,
+        *,
+        event: str = "",
+    ) -> None:
+        """Have ``data`` (copied) written at ``host_offset`` of the file by the next commit.
+
+        Puts of one stage may overlap: later ones win.
+        """
+        self._puts.put(stage, host_offset, data, event)
+
+    def forget(self, host_offset: int, length: int) -> None:
+        """Puts that lie wholly in this range are pointless now: its space is being given back."""
+        self._puts.forget(host_offset, length)
+
+    def register(self, source: Source) -> None:
+        """Commits ask ``source`` as well. Its ``name`` is reported in order of registration."""
+        self.sources.append(source)
+
+    def when_durable(self, callback: Callable[[], None]) -> None:
+        """Call back once all changes made so far are durable and no older read is in flight.
+
+        That happens inside a commit, before FREES is written; what the callback changes is best
+        FREES, and is written by the same commit. It should not raise.
+        """
+        self._callbacks.append((self.pins.now, callback))
+
+    def data_written(self, node: Node) -> None:
+        """Guest data went to ``node``: the tables that name it wait for a flush of it."""
+        self._generation += 1
+        self._unflushed[id(node)] = node
+
+    # -- to storage ------------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """Something would be written by a commit, or waits for one."""
+        return bool(self._callbacks) or any(source.dirty_bytes for source in self.sources)
+
+    @property
+    def dirty_bytes(self) -> int:
+        return sum(source.dirty_bytes for source in self.sources)
+
+    def relieve(self) -> None:
+        """Commit if memory demands it. To be called where the tables are in a consistent state."""
+        if self.dirty_bytes > self.limit:
+            self.commit(counts=self.lazy_counts)
+
+    def commit(self, counts: bool = False) -> None:
+        """Write everything that is dirty, in order; the last writes may still await a flush.
+
+        ``counts``: even those that are left for later. After an error all that did not become
+        durable is still dirty.
+        """
+        lazy = self.lazy_counts and not counts
+        for stage in Stage:
+            if lazy and stage in COUNTING:
+                continue
+            if stage is Stage.FREES:
+                self._run_callbacks()
+            self._write_stage(stage)
+        if lazy:
+            self._run_callbacks()
+
+    def write_counts(self) -> None:
+        """The first stage of a commit, ahead of the flush that makes data durable as well."""
+        if not self.lazy_counts:
+            self._write_stage(Stage.COUNTS)
+
+    def _write_stage(self, stage: Stage) -> None:
+        sources: list[Source] = []
+        writes: list[DirtyWrite] = []
+        for source in self.sources:
+            if found := source.collect(stage):
+                sources.append(source)
+                writes += found
+        if not writes:
+            return
+        if stage is not Stage.COUNTS:
+            self.barrier()
+        for event in dict.fromkeys(write.event for write in writes if write.event):
+            self.file.event(event)
+        writes.sort(key=_host_offset)
+        self._unflushed[id(self.file)] = self.file
+        self.file.writev([(write.host_offset, write.data) for write in writes])
+        self._generation += 1
+        for source in sources:
+            source.written(stage, self._generation)
+
+    def barrier(self) -> None:
+        """Make everything written so far durable; nothing to do where nothing was written."""
+        if not self._unflushed:
+            return
+        try:
+            for node in list(self._unflushed.values()):
+                node.flush()
+        except BaseException:
+            self.lost()
+            raise
+        self._unflushed.clear()
+        self.settle(self._generation)
+
+    # A flush of the whole disk ends with a flush of its children outside of the lock: ------------
+
+    @property
+    def generation(self) -> int:
+        """The number of the latest write."""
+        return self._generation
+
+    def settle(self, generation: int) -> None:
+        """The children were flushed after write number ``generation``."""
+        if generation == self._generation:
+            self._unflushed.clear()
+        for source in self.sources:
+            source.settled(generation)
+
+    def lost(self) -> None:
+        """A flush of the children failed."""
+        for source in self.sources:
+            source.lost()
+
+    def _run_callbacks(self) -> None:
+        if not self._callbacks:
+            return
+        oldest = self.pins.oldest
+        if all(since > oldest for since, _ in self._callbacks):
+            return
+        self.barrier()
+        due = [(since, callback) for since, callback in self._callbacks if since <= oldest]
+        self._callbacks = [entry for entry in self._callbacks if entry[0] > oldest]
+        for _, callback in due:
+            callback()
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def close(self) -> list[tuple[str, LaminaError]]:
+        """The last commit. Returns what could not be flushed: the source's name and the error.
+
+        Nothing is lost silently and nothing is tried for ever: after this, what is dirty is gone.
+        """
+        failures: list[tuple[str, LaminaError]] = []
+        try:
+            self.commit(counts=True)
+            self.barrier()
+        except LaminaError as error:
+            failures = [
+                (source.name, error)
+                for source in self.sources
+                if source.name and source.dirty_bytes
+            ] or [("", error)]
+        return failures
+
+
+class Puts:
+    """Single writes, kept as copies, by stage and offset; without overlaps."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self._offsets: dict[Stage, list[int]] = {stage: [] for stage in Stage}
+        self._writes: dict[Stage, dict[int, DirtyWrite]] = {stage: {} for stage in Stage}
+        self._unsettled: list[tuple[int, Stage, list[DirtyWrite]]] = []
+        self.dirty_bytes = 0
+
+    def put(
+        self, stage: Stage, offset: int, data: bytes | bytearray | memoryview, event: str
+    ) -> None:
+        offsets, writes = self._offsets[stage], self._writes[stage]
+        end = offset + len(data)
+        first = bisect_left(offsets, offset)
+        if first and offsets[first - 1] + len(writes[offsets[first - 1]].data) > offset:
+            first -= 1
+        last = bisect_left(offsets, end, lo=first)
+        overlapped = [writes.pop(old) for old in offsets[first:last]]
+        if overlapped:
+            self.dirty_bytes -= sum(len(old.data) for old in overlapped)
+            start = min(offset, overlapped[0].host_offset)
+            end = max(end, overlapped[-1].host_offset + len(overlapped[-1].data))
+            merged = bytearray(end - start)
+            for old in (*overlapped, DirtyWrite(offset, data, event)):
+                at = old.host_offset - start
+                merged[at : at + len(old.data)] = old.data
+            # Parts that no write covers cannot exist: what overlaps the new write adjoins it.
+            offset, data = start, merged
+        offsets[first:last] = [offset]
+        writes[offset] = DirtyWrite(offset, bytes(data), event)
+        self.dirty_bytes += len(data)
+
+    def forget(self, offset: int, length: int) -> None:
+        end = offset + length
+        for stage, offsets in self._offsets.items():
+            writes = self._writes[stage]
+            for old in [o for o in offsets if offset <= o and o + len(writes[o].data) <= end]:
+                offsets.remove(old)
+                self.dirty_bytes -= len(writes.pop(old).data)
+        self._unsettled = [
+            (
+                generation,
+                stage,
+                [w for w in writes if w.host_offset < offset or w.host_offset + len(w.data) > end],
+            )
+            for generation, stage, writes in self._unsettled
+        ]
+
+    def collect(self, stage: Stage) -> list[DirtyWrite]:
+        return list(self._writes[stage].values())
+
+    def written(self, stage: Stage, generation: int) -> None:
+        writes = list(self._writes[stage].values())
+        self._unsettled.append((generation, stage, writes))
+        self.dirty_bytes -= sum(len(write.data) for write in writes)
+        self._writes[stage] = {}
+        self._offsets[stage] = []
+
+    def settled(self, generation: int) -> None:
+        self._unsettled = [entry for entry in self._unsettled if entry[0] > generation]
+
+    def lost(self) -> None:
+        unsettled, self._unsettled = self._unsettled, []
+        for _, stage, writes in unsettled:
+            newer, offsets = self._writes[stage], self._offsets[stage]
+            self._writes[stage], self._offsets[stage] = {}, []
+            self.dirty_bytes -= sum(len(write.data) for write in newer.values())
+            for write in (*writes, *(newer[offset] for offset in offsets)):
+                self.put(stage, *write)
+
+
+def _host_offset(write: DirtyWrite) -> int:
+    return write.host_offset

@@ -1,0 +1,262 @@
+"""The node that wraps a mapping: a format's tables plus the engine make a disk.
+
+Threads and locks. ``lock`` guards the mapping, its tables and the metadata store; it is held while
+the mapping is asked something and while metadata is written, never while guest data moves.
+Requests that change the same allocation unit exclude each other by ``ranges``; reads pin what they
+resolved by ``pins`` (``engine.locks``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lamina.block.limits import Limits, Preallocation, WriteFlags
+from lamina.block.node import Node, ReadRequest, WriteRequest
+from lamina.engine.cache import UnitCache
+from lamina.engine.locks import Ranges
+from lamina.engine.reader import Reader
+from lamina.engine.writer import Writer
+from lamina.errors import ImageUnsupported, LaminaError
+
+if TYPE_CHECKING:
+    from lamina.block.context import OpenContext
+    from lamina.block.extents import Columns, Extent
+    from lamina.block.info import NodeInfo
+    from lamina.block.permissions import Perm
+    from lamina.engine.mapping import Mapping
+
+EVERYTHING = 1 << 63
+"""No guest address lies behind this."""
+
+
+class Disk(Node):
+    """A node made of a format's mapping."""
+
+    is_format = True
+    mapping: Mapping
+
+    def __init__(self, context: OpenContext, load: Callable[[Disk], Mapping]) -> None:
+        """Open the child ``file``, then have ``load`` make the mapping of it.
+
+        ``load`` finds this disk with ``file`` attached and may attach further children; whatever it
+        raises closes everything that was opened.
+        """
+        super().__init__(context.node_options)
+        self.context = context
+        self.lock = threading.RLock()
+        self.ranges = Ranges(threading.Condition(self.lock))
+        self.units = UnitCache()
+        self.reader = Reader(self)
+        self.writer = Writer(self)
+        try:
+            self.attach("file", context.open_child("file"))
+            self.mapping = load(self)
+            # A class of nodes has one driver; disks take theirs from the mapping.
+            self.__dict__["driver"] = self.mapping.driver
+            self.metadata = self.mapping.metadata
+            self.pins = self.metadata.pins
+            # Roles that the mapping knows more about than every format does.
+            self.refresh_permissions()
+        except BaseException:
+            self.closed = True
+            for attachment in list(self.children.values()):
+                attachment.detach()
+            raise
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return self.mapping.size
+
+    @property
+    def limits(self) -> Limits:
+        mapping = self.mapping
+        return Limits(
+            request_alignment=mapping.request_alignment,
+            write_zeroes_alignment=mapping.unit,
+            discard_alignment=mapping.unit,
+        )
+
+    @property
+    def supports_compressed_writes(self) -> bool:
+        return self.mapping.encoded_unit > 0
+
+    def info(self) -> NodeInfo:
+        with self.lock:
+            return self.mapping.info()
+
+    def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        mapping: Mapping | None = getattr(self, "mapping", None)
+        if mapping is not None:
+            wanted = mapping.child_permissions(role, perm, shared, self.read_only)
+            if wanted is not None:
+                return wanted
+        return super().child_permissions(role, perm, shared)
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def readv(self, requests: Sequence[ReadRequest]) -> None:
+        mapping = self.mapping
+        with self.lock:
+            token = self.pins.enter()
+            try:
+                places = mapping.locate(requests)
+            except BaseException:
+                self.pins.leave(token)
+                raise
+        try:
+            if places is None or -1 in places:
+                self.reader.read(requests)
+                return
+            node = mapping.data_node
+            node.event("read_aio")
+            node.readv(
+                [(place, buffer) for place, (_, buffer) in zip(places, requests, strict=True)]
+            )
+        finally:
+            self.pins.leave(token)
+
+    def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
+        self.writer.write(requests)
+        if flags & WriteFlags.FUA:
+            self.flush()
+
+    def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
+        if not self.mapping.encoded_unit:
+            raise ImageUnsupported("Compression not supported for this file format")
+        self.writer.write_compressed(requests)
+
+    def write_zeroes(
+        self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE
+    ) -> None:
+        self.writer.write_zeroes(offset, length, flags)
+        if flags & WriteFlags.FUA:
+            self.flush()
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.writer.discard(offset, length)
+
+    def flush(self) -> None:
+        """Metadata and data to the children and, unless the user said no_flush, to storage."""
+        self.file.event("flush_to_os")
+        if self.read_only:
+            return
+        metadata = self.metadata
+        # Data and counts are made durable first, and without the lock: reads go on meanwhile.
+        with self.lock:
+            metadata.write_counts()
+            generation = metadata.generation
+        self._flush_children(generation)
+        with self.lock:
+            self.mapping.flush()
+            if metadata.generation == generation:
+                return
+            generation = metadata.generation
+        self._flush_children(generation)
+
+    def _flush_children(self, generation: int) -> None:
+        """Flush what was written up to this number."""
+        if self.options.no_flush:
+            return
+        self.file.event("flush_to_disk")
+        try:
+            for role, attachment in self.children.items():
+                if role != "backing":
+                    attachment.node.flush()
+        except BaseException:
+            with self.lock:
+                self.metadata.lost()
+            raise
+        with self.lock:
+            self.metadata.settle(generation)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        with self.lock:
+            return self.mapping.resolve(offset, length)
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        pieces = self.mapping.columns(offset, length)
+        while True:
+            with self.lock:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def truncate(
+        self,
+        size: int,
+        preallocation: Preallocation = Preallocation.OFF,
+        *,
+        exact: bool = True,
+        zeroed: bool = False,
+    ) -> None:
+        with self.exclusive():
+            self.writer.open_gate()
+            self.mapping.truncate(size, preallocation, exact=exact, zeroed=zeroed)
+            self.metadata.relieve()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No other change is under way or begins: for work on the tables as a whole.
+
+        Holds the lock, so reads wait as well.
+        """
+        with self.lock:
+            hold = self.ranges.acquire([(0, EVERYTHING)], writing=False)
+            try:
+                yield
+            finally:
+                self.units.forget()
+                self.ranges.release(hold)
+
+    # -- VM state --------------------------------------------------------------------------------
+
+    def read_vmstate(self, offset: int, buffer: memoryview) -> None:
+        self.file.event("vmstate_load")
+        self.readv([(self._vmstate(offset), buffer)])
+
+    def write_vmstate(self, offset: int, data: memoryview) -> None:
+        self.file.event("vmstate_save")
+        self.writev([(self._vmstate(offset), data)])
+
+    def _vmstate(self, offset: int) -> int:
+        base = self.mapping.vmstate_offset
+        if not base:
+            raise ImageUnsupported("Operation not supported")
+        return base + offset
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def reopen(self, *, read_only: bool) -> None:
+        if read_only == self.read_only:
+            return
+        super().reopen(read_only=read_only)
+        with self.lock:
+            self.writer.close_gate()
+            self.mapping.reopened(read_only=read_only)
+
+    def _close(self) -> None:
+        """The last flush. What fails is reported, not raised: whoever must know flushes before."""
+        if self.read_only:
+            return
+        with self.lock:
+            failures = self.metadata.close()
+            if not failures:
+                try:
+                    self.mapping.close()
+                except LaminaError as failure:
+                    failures = [("image header", failure)]
+                else:
+                    failures = self.metadata.close()
+        for name, error in failures:
+            self.context.warn(f"Failed to flush the {name}: {error}")
+        if not failures and not self.options.no_flush:
+            try:
+                self._flush_children(self.metadata.generation)
+            except LaminaError as error:
+                self.context.warn(f"Failed to flush {self.filename}: {error}")

@@ -1,0 +1,474 @@
+"""Writing in two phases: reserve places, move the bytes, publish.
+
+A batch is sorted, cut into rounds in which no allocation unit is touched twice, and each round goes
+
+    lock    wait for the ranges, ``mapping.reserve``, plan the copies
+    unlock  read what must be copied, write copies and data as one batch per node
+    lock    ``commit`` (or ``abort``), release the ranges
+
+so that the lock is never held while guest data moves, and nothing is published before its data is
+written. A batch whose places are all allocated already is one write and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lamina.block.limits import WriteFlags
+from lamina.engine.copies import Copies, reads_zero
+from lamina.engine.workers import run_all
+from lamina.errors import ImageUnsupported, StorageError
+from lamina.units import round_down, round_up
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node, WriteRequest
+    from lamina.engine.disk import Disk
+    from lamina.engine.mapping import Piece, Reservation
+
+COPY_AHEAD = 32 << 20
+"""Bytes of units that one round touches at most: a bound for the copies it holds."""
+TABLE_WORK = 1 << 17
+"""Units whose table entries one zero or discard changes before memory may be relieved."""
+ENCODE_AHEAD = 16 << 20
+"""Bytes of units that one compressed write encodes at a time."""
+ENCRYPT_STEP = 1 << 20
+"""Bytes that are encrypted with one call."""
+ENCRYPT_AHEAD = 4 << 20
+"""Bytes of encrypted copies that are held before they are written."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Writer:
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self._gate_open = False
+
+    def open_gate(self) -> None:
+        """Before every change, under the lock: the format's preparations for the first one."""
+        if not self._gate_open:
+            self.disk.mapping.before_first_write()
+            self._gate_open = True
+
+    def close_gate(self) -> None:
+        """The next change is the first one again."""
+        self._gate_open = False
+
+    # -- plain writes ----------------------------------------------------------------------------
+
+    def write(self, requests: Sequence[WriteRequest]) -> None:
+        if len(requests) == 1:
+            self._write_round(requests)
+            return
+        requests = sorted((request for request in requests if len(request[1])), key=_offset)
+        if not requests:
+            return
+        unit = self.disk.mapping.unit
+        overlapping, sharing = _conflicts(requests, unit)
+        crowded = sharing or len(requests) * unit > COPY_AHEAD
+        if overlapping or (crowded and not self._write_round(requests, in_place_only=True)):
+            for part in rounds(requests, unit):
+                self._write_round(part)
+        elif not crowded:
+            self._write_round(requests)
+
+    def _write_round(
+        self, requests: Sequence[WriteRequest], *, in_place_only: bool = False
+    ) -> bool:
+        """Write requests that are in order and share no unit unless they adjoin.
+
+        ``in_place_only``: they may share units; nothing is done, and False returned, unless all of
+        their places are allocated.
+        """
+        disk = self.disk
+        mapping = disk.mapping
+        reservation: Reservation | None = None
+        with disk.lock:
+            hold = disk.ranges.acquire(spans(requests, mapping.unit), writing=True)
+            try:
+                self.open_gate()
+                places = mapping.locate_for_writing(requests)
+                if places is not None and -1 not in places:
+                    disk.ranges.share(hold)
+                elif in_place_only:
+                    disk.ranges.release(hold)
+                    return False
+                else:
+                    reservation = mapping.reserve(_merged(requests))
+                    copies = self._plan_copies(reservation)
+                    if copies is None:
+                        disk.ranges.share(hold)
+                token = disk.pins.enter()
+            except BaseException:
+                disk.ranges.release(hold)
+                raise
+        done = False
+        try:
+            if reservation is not None:
+                if copies is not None:
+                    copies.read()
+                self._write_pieces(reservation.pieces, requests, copies)
+            elif places is not None:
+                disk.file.event("write_aio")
+                mapping.data_node.writev(
+                    [(place, data) for place, (_, data) in zip(places, requests, strict=True)]
+                )
+            done = True
+        finally:
+            disk.pins.leave(token)
+            with disk.lock:
+                try:
+                    if reservation is not None:
+                        self._conclude(reservation, done)
+                finally:
+                    disk.ranges.release(hold)
+        return True
+
+    def _plan_copies(self, reservation: Reservation) -> Copies | None:
+        """What the pieces want copied; None if all of them are written in place."""
+        if not any(piece.fresh for piece in reservation.pieces):
+            return None
+        try:
+            return Copies(self.disk, reservation.pieces)
+        except BaseException:
+            reservation.abort()
+            raise
+
+    def _conclude(self, reservation: Reservation, done: bool) -> None:
+        """Commit or abort, under the lock."""
+        if not done:
+            reservation.abort()
+            return
+        metadata = self.disk.metadata
+        fresh = {piece.node for piece in reservation.pieces if piece.fresh}
+        for node in fresh:
+            metadata.data_written(node)
+        reservation.commit()
+        metadata.relieve()
+
+    def _write_pieces(
+        self, pieces: Sequence[Piece], requests: Sequence[WriteRequest], copies: Copies | None
+    ) -> None:
+        """Everything that the pieces want written, as one batch per node."""
+        batches: dict[Node, list[WriteRequest]] = {}
+        payload = Payload(requests)
+        encrypted = 0
+        for number, piece in enumerate(pieces):
+            batch = batches.setdefault(piece.node, [])
+            host = piece.host_offset
+            head, tail = copies.of(number) if copies is not None else ((), ())
+            if piece.cipher is None:
+                batch += place(host - piece.copy_head, head)
+                batch += place(host, payload.take(piece.guest_offset, piece.length))
+                batch += place(host + piece.length, tail)
+                continue
+            parts = [*head, *payload.take(piece.guest_offset, piece.length), *tail]
+            sector = piece.first_sector
+            host -= piece.copy_head
+            for chunk in chunks(parts, ENCRYPT_STEP):
+                piece.cipher.encrypt(memoryview(chunk), sector)
+                batch.append((host, chunk))
+                sector += len(chunk) // 512
+                host += len(chunk)
+                encrypted += len(chunk)
+                if encrypted >= ENCRYPT_AHEAD:
+                    self._send(batches)
+                    batch = batches.setdefault(piece.node, [])
+                    encrypted = 0
+        self._send(batches)
+
+    def _send(self, batches: dict[Node, list[WriteRequest]]) -> None:
+        for node, batch in batches.items():
+            if batch:
+                self.disk.file.event("write_aio")
+                node.writev(batch)
+        batches.clear()
+
+    # -- compressed writes -----------------------------------------------------------------------
+
+    def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
+        """Whole units; those that do not shrink are stored plain. Raises StorageError (EINVAL)."""
+        mapping = self.disk.mapping
+        unit = mapping.encoded_unit
+        units: list[WriteRequest] = []
+        for offset, data in sorted(requests, key=_offset):
+            end = offset + len(data)
+            if offset % unit or (end % unit and end != mapping.size):
+                raise StorageError.from_errno(errno.EINVAL)
+            view = memoryview(data)
+            for skip in range(0, len(view), unit):
+                units.append((offset + skip, view[skip : skip + unit]))
+        step = max(ENCODE_AHEAD // unit, 1)
+        for start in range(0, len(units), step):
+            self._write_units(units[start : start + step])
+
+    def _write_units(self, units: Sequence[WriteRequest]) -> None:
+        from lamina.codecs import encoder
+
+        mapping = self.disk.mapping
+        encode = encoder(mapping.codec)
+        results: dict[int, bytes] = {}
+
+        def encode_unit(unit: WriteRequest) -> None:
+            offset, data = unit
+            if len(data) < mapping.encoded_unit:
+                data = bytes(data).ljust(mapping.encoded_unit, b"\0")
+            results[offset] = encode(data)
+
+        run_all(encode_unit, units)
+        shrunk = [
+            (offset, results[offset])
+            for offset, _ in units
+            if len(results[offset]) < mapping.encoded_unit
+        ]
+        if shrunk:
+            self._write_encoded(shrunk)
+        plain = [unit for unit in units if len(results[unit[0]]) >= mapping.encoded_unit]
+        if plain:
+            self.write(plain)
+
+    def _write_encoded(self, units: Sequence[tuple[int, bytes]]) -> None:
+        disk = self.disk
+        mapping = disk.mapping
+        unit = mapping.encoded_unit
+        with disk.lock:
+            hold = disk.ranges.acquire(
+                [(offset, offset + unit) for offset, _ in units], writing=False
+            )
+            try:
+                self.open_gate()
+                reservation = mapping.reserve_encoded(
+                    [(offset, len(encoded)) for offset, encoded in units]
+                )
+            except BaseException:
+                disk.ranges.release(hold)
+                raise
+        done = False
+        try:
+            # The places may have held other units before.
+            disk.units.forget()
+            batches: dict[Node, list[WriteRequest]] = {}
+            for piece, (_, encoded) in zip(reservation.pieces, units, strict=True):
+                batches.setdefault(piece.node, []).append((piece.host_offset, encoded))
+            for node, batch in batches.items():
+                disk.file.event("write_compressed")
+                node.writev(batch)
+            done = True
+        finally:
+            with disk.lock:
+                try:
+                    self._conclude(reservation, done)
+                finally:
+                    disk.ranges.release(hold)
+
+    # -- zeroes and discards ---------------------------------------------------------------------
+
+    def write_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
+        """Whole units by tables alone where the format can; the rest as data."""
+        mapping = self.disk.mapping
+        end = offset + length
+        first = round_up(offset, mapping.unit)
+        last = self._last_unit(end)
+        if first > last:
+            # Within one unit.
+            if length:
+                self._zero_part(offset, end, flags)
+            return
+        step = mapping.unit * TABLE_WORK
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            if not self._zero_units(start, stop, flags):
+                self._zero_slowly(start, min(stop, end), flags)
+        if offset < first:
+            self._zero_part(offset, first, flags)
+        if last < end:
+            self._zero_part(last, end, flags)
+
+    def _last_unit(self, end: int) -> int:
+        """Where the last whole unit before ``end`` ends: the last one of the disk may be cut."""
+        mapping = self.disk.mapping
+        if end == mapping.size:
+            return round_up(end, mapping.unit)
+        return round_down(end, mapping.unit)
+
+    def _zero_units(self, start: int, end: int, flags: WriteFlags) -> bool:
+        disk = self.disk
+        with disk.lock:
+            hold = disk.ranges.acquire([(start, end)], writing=False)
+            try:
+                self.open_gate()
+                zeroed = disk.mapping.zero(
+                    start, end - start, may_unmap=bool(flags & WriteFlags.MAY_UNMAP)
+                )
+                disk.metadata.relieve()
+            finally:
+                disk.ranges.release(hold)
+        return zeroed
+
+    def _zero_part(self, offset: int, end: int, flags: WriteFlags) -> None:
+        """A part of one unit: as a whole unit if the rest reads as zeroes already."""
+        disk = self.disk
+        mapping = disk.mapping
+        start = round_down(offset, mapping.unit)
+        stop = start + mapping.unit
+        with disk.lock:
+            hold = disk.ranges.acquire([(start, stop)], writing=False)
+            try:
+                if self._reads_zero(start, offset) and self._reads_zero(end, stop):
+                    self.open_gate()
+                    if mapping.zero(start, stop - start, may_unmap=False):
+                        return
+            finally:
+                disk.ranges.release(hold)
+        self._zero_slowly(offset, end, flags)
+
+    def _reads_zero(self, start: int, end: int) -> bool:
+        # Nothing lies behind the end of the disk.
+        end = min(end, self.disk.mapping.size)
+        return start >= end or reads_zero(self.disk, start, end - start)
+
+    def _zero_slowly(self, start: int, end: int, flags: WriteFlags) -> None:
+        if flags & WriteFlags.NO_FALLBACK:
+            raise ImageUnsupported("Operation not supported")
+        self.disk.write_zero_bytes(start, end - start, WriteFlags.NONE)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Whole units only: a hint about a part of one is ignored."""
+        disk = self.disk
+        mapping = disk.mapping
+        first = round_up(offset, mapping.unit)
+        last = self._last_unit(offset + length)
+        step = mapping.unit * TABLE_WORK
+        for start in range(first, last, step):
+            end = min(start + step, last)
+            with disk.lock:
+                hold = disk.ranges.acquire([(start, end)], writing=False)
+                try:
+                    self.open_gate()
+                    mapping.discard(start, end - start)
+                    disk.metadata.relieve()
+                finally:
+                    disk.ranges.release(hold)
+
+
+# -- planning: plain functions of requests -------------------------------------------------------
+
+
+def _offset(request: WriteRequest) -> int:
+    return request[0]
+
+
+def _conflicts(requests: Sequence[WriteRequest], unit: int) -> tuple[bool, bool]:
+    """Whether sorted requests overlap; whether some share a unit without adjoining."""
+    sharing = False
+    end = -unit
+    for offset, data in requests:
+        if offset != end:
+            if offset < end:
+                return True, True
+            if offset // unit == (end - 1) // unit:
+                sharing = True
+        end = offset + len(data)
+    return False, sharing
+
+
+def rounds(requests: Sequence[WriteRequest], unit: int) -> Iterator[list[WriteRequest]]:
+    """Sorted requests in groups that overlap nowhere and share no unit unless they adjoin."""
+    waiting = list(requests)
+    most = max(COPY_AHEAD // unit, 1)
+    while waiting:
+        group: list[WriteRequest] = []
+        later: list[WriteRequest] = []
+        end = -unit
+        for request in waiting:
+            offset = request[0]
+            fits = offset == end or (offset > end and offset // unit != (end - 1) // unit)
+            if fits and len(group) < most:
+                group.append(request)
+                end = offset + len(request[1])
+            else:
+                later.append(request)
+        yield group
+        waiting = later
+
+
+def spans(requests: Sequence[WriteRequest], unit: int) -> list[tuple[int, int]]:
+    """The units that sorted requests touch, as (start, end)."""
+    result: list[tuple[int, int]] = []
+    start = end = -1
+    for offset, data in requests:
+        first = offset // unit * unit
+        last = -(-(offset + len(data)) // unit) * unit
+        if first <= end:
+            end = max(end, last)
+            continue
+        if end > 0:
+            result.append((start, end))
+        start, end = first, last
+    result.append((start, end))
+    return result
+
+
+def _merged(requests: Sequence[WriteRequest]) -> list[tuple[int, int]]:
+    """(offset, length) of sorted requests; those that adjoin are one."""
+    result: list[tuple[int, int]] = []
+    start = end = -1
+    for offset, data in requests:
+        if offset != end:
+            if end > start:
+                result.append((start, end - start))
+            start = offset
+        end = offset + len(data)
+    result.append((start, end - start))
+    return result
+
+
+class Payload:
+    """The bytes of sorted requests, taken out run by run in ascending order."""
+
+    def __init__(self, requests: Sequence[WriteRequest]) -> None:
+        self._requests = requests
+        self._at = 0
+
+    def take(self, guest_offset: int, length: int) -> list[Buffer]:
+        """The buffers that hold this run; it may span requests that adjoin."""
+        parts: list[Buffer] = []
+        end = guest_offset + length
+        while guest_offset < end:
+            offset, data = self._requests[self._at]
+            if offset + len(data) <= guest_offset:
+                self._at += 1
+                continue
+            skip = guest_offset - offset
+            stop = min(end - offset, len(data))
+            whole = skip == 0 and stop == len(data)
+            parts.append(data if whole else memoryview(data)[skip:stop])
+            guest_offset = offset + stop
+        return parts
+
+
+def place(host_offset: int, parts: Sequence[Buffer]) -> list[WriteRequest]:
+    """One write per buffer, one behind the other."""
+    writes: list[WriteRequest] = []
+    for part in parts:
+        writes.append((host_offset, part))
+        host_offset += len(part)
+    return writes
+
+
+def chunks(parts: Sequence[Buffer], step: int) -> Iterator[bytearray]:
+    """Copies of the bytes of ``parts``, ``step`` at a time."""
+    chunk = bytearray()
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            room = step - len(chunk)
+            chunk += view[:room]
+            view = view[room:]
+            if len(chunk) == step:
+                yield chunk
+                chunk = bytearray()
+    if chunk:
+        yield chunk
