@@ -4,13 +4,14 @@ A node whose ``limits.request_alignment`` is above 1 (O_DIRECT files, devices wi
 blkdebug with ``align``) puts an ``Aligner`` in front of its storage. Its users then need not align
 anything: the limits tell them what is quick, not what is allowed.
 
-A write that begins or ends inside a block is a read-modify-write: read the first and the last block,
-put the new bytes between, write whole blocks. Nobody else may write to those blocks meanwhile, so
-such a write has its range for itself, while aligned ones only exclude those.
+A write that begins or ends inside a block is a read-modify-write: read the first and the last
+block, put the new bytes between, write whole blocks. Nobody else may write to those blocks
+meanwhile, so such a write has its range for itself, while aligned ones only exclude those.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lamina.block.limits import Limits, WriteFlags
-from lamina.block.node import ReadRequest, WriteRequest
+from lamina.block.node import Node, ReadRequest, WriteRequest
+from lamina.block.permissions import Perm
+from lamina.errors import Refused
 from lamina.units import round_down, round_up
 
 Range = tuple[int, int]
@@ -78,17 +81,23 @@ class Aligner:
         """Whole blocks by the storage's own means, the rest of the first and last one written."""
         alignment = self._storage.limits.request_alignment
         end = offset + length
+        start, stop = round_down(offset, alignment), round_up(end, alignment)
         body_start, body_end = round_up(offset, alignment), round_down(end, alignment)
-        if body_start >= body_end:
-            if length and (offset % alignment or end % alignment):
-                self._read_modify_write(offset, bytes(length), flags & WriteFlags.FUA)
-            return
-        if offset < body_start:
-            self._read_modify_write(offset, bytes(body_start - offset), flags & WriteFlags.FUA)
-        with self._writes.shared([(body_start, body_end)]):
-            self._zero(body_start, body_end, flags)
-        if body_end < end:
-            self._read_modify_write(body_end, bytes(end - body_end), flags & WriteFlags.FUA)
+        if (start, stop) == (offset, end):
+            with self._writes.shared([(start, stop)]):
+                self._zero(start, stop, flags)
+        elif body_start >= body_end:
+            self._read_modify_write(offset, bytes(length), flags & WriteFlags.FUA)
+        else:
+            with self._writes.exclusive((start, stop)), aligned_buffer(2 * alignment) as edges:
+                self._read_edges(offset, end, start, stop, edges)
+                if start < offset:
+                    edges[offset - start : alignment] = bytes(body_start - offset)
+                    self._write([(start, edges[:alignment])], flags & WriteFlags.FUA)
+                self._zero(body_start, body_end, flags)
+                if end < stop:
+                    edges[alignment : alignment + end - body_end] = bytes(end - body_end)
+                    self._write([(body_end, edges[alignment:])], flags & WriteFlags.FUA)
 
     def discard(self, offset: int, length: int) -> None:
         """Whole units only: parts of one cannot be given back."""
@@ -132,7 +141,7 @@ class Aligner:
             self._write([(start, block)], flags)
 
     def _read_edges(self, offset: int, end: int, start: int, stop: int, block: memoryview) -> None:
-        """Fill the first and last block of ``block`` with what is there, as far as needed."""
+        """Fill the first and last block of ``block`` with those of the range, where needed."""
         alignment = self._storage.limits.request_alignment
         event = self._storage.event
         head, tail = offset > start, end < stop
@@ -174,6 +183,19 @@ def pieces(start: int, end: int, unit: int, limit: int) -> Iterator[tuple[int, i
         stop = min(end, round_down(start, unit) + step) if step else end
         yield start, stop - start
         start = stop
+
+
+def check_resizable(node: Node, perm: Perm) -> None:
+    """Writing the last, partial block makes the image longer: that must be permitted.
+
+    Raises Refused.
+    """
+    if perm & Perm.WRITE and not perm & Perm.RESIZE and node.size % node.limits.request_alignment:
+        raise Refused(
+            "Cannot get 'write' permission without 'resize': "
+            "Image size is not a multiple of request alignment",
+            errno=errno.EINVAL,
+        )
 
 
 class RangeLocks:
@@ -233,7 +255,6 @@ def aligned_buffer(length: int) -> Iterator[memoryview]:
     except IndexError:
         buffer = mmap.mmap(-1, _SPARE_SIZE)
     try:
-        with memoryview(buffer) as whole, whole[:length] as view:
-            yield view
+        yield memoryview(buffer)[:length]
     finally:
         _spare_buffers.append(buffer)

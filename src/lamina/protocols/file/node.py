@@ -1,0 +1,274 @@
+"""The node of a regular file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+from lamina.block.extents import Extent, Kind
+from lamina.block.info import NodeInfo
+from lamina.block.limits import Limits, Preallocation, WriteFlags
+from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
+from lamina.block.permissions import Perm
+from lamina.errors import ImageUnsupported, StorageError
+from lamina.protocols.file.holes import HoleMap
+from lamina.protocols.file.locks import FileLocks
+from lamina.protocols.file.transfer import continue_read, continue_write, preadv, pwritev, runs
+from lamina.units import SECTOR
+
+_LIMITS = Limits()
+_NO_FLAGS = WriteFlags.NONE
+_NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF})
+"""What copy_file_range answers where this pair of files cannot be copied inside the kernel."""
+
+
+class FileNode(Node):
+    """Reads and writes go straight to the host, positioned, without any lock of our own.
+
+    The descriptor keeps its number for life: reopening puts another open file under it (``dup2``),
+    so that requests under way are not disturbed.
+    """
+
+    driver: ClassVar[str] = "file"
+
+    def __init__(self, options: NodeOptions, fd: int, path: str, *, locking: bool) -> None:
+        super().__init__(options)
+        self.path = path
+        self._fd = fd
+        self._holes = HoleMap(fd)
+        self._locks = FileLocks(fd, path) if locking else None
+        self._length = self._find_length()
+        self._growth = threading.Lock()
+        self._flushing = threading.Lock()
+        self._unflushed = False
+        self._flush_error: StorageError | None = None
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The length of the file, rounded up to whole sectors; the rest reads as zeroes."""
+        return -(-self._length // SECTOR) * SECTOR
+
+    @property
+    def limits(self) -> Limits:
+        return _LIMITS
+
+    def info(self) -> NodeInfo:
+        return NodeInfo(
+            filename=self.filename or self.path,
+            format=self.driver,
+            virtual_size=self.size,
+            actual_size=self.allocated_size(),
+            specific={},
+        )
+
+    def allocated_size(self) -> int | None:
+        """Bytes that the file takes on its file system; None where the host does not say."""
+        blocks: int | None = getattr(os.fstat(self._fd), "st_blocks", None)
+        return None if blocks is None else blocks * 512
+
+    def _find_length(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def readv(self, requests: Sequence[ReadRequest]) -> None:
+        try:
+            if len(requests) == 1:
+                offset, buffer = requests[0]
+                done = preadv(self._fd, (buffer,), offset)
+                if done != len(buffer):
+                    continue_read(self._fd, (buffer,), offset, done)
+            else:
+                for offset, buffers, length in runs(requests):
+                    done = preadv(self._fd, buffers, offset)
+                    if done != length:
+                        continue_read(self._fd, buffers, offset, done)
+        except OSError as error:
+            raise StorageError.from_os_error(error, path=self.path) from None
+
+    def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
+        end = 0
+        try:
+            if len(requests) == 1:
+                offset, data = requests[0]
+                done = pwritev(self._fd, (data,), offset)
+                if done != len(data):
+                    continue_write(self._fd, (data,), offset, done)
+                end = offset + len(data)
+            else:
+                for offset, buffers, length in runs(requests):
+                    done = pwritev(self._fd, buffers, offset)
+                    if done != length:
+                        continue_write(self._fd, buffers, offset, done)
+                    end = offset + length
+        except OSError as error:
+            self._changed(self._find_length())
+            raise StorageError.from_os_error(error, path=self.path) from None
+        self._changed(end)
+        if flags is not _NO_FLAGS and flags & WriteFlags.FUA:
+            self.flush()
+
+    def _changed(self, end: int) -> None:
+        """The file has been written to, up to ``end`` at most."""
+        self._holes.generation += 1
+        self._unflushed = True
+        if end > self._length:
+            with self._growth:
+                self._length = max(self._length, end)
+
+    def write_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
+        from lamina.protocols.file import allocation
+
+        end = offset + length
+        try:
+            done = allocation.zero(
+                self._fd,
+                offset,
+                length,
+                self._length,
+                may_unmap=bool(flags & WriteFlags.MAY_UNMAP),
+            )
+        except OSError as error:
+            raise StorageError.from_os_error(error, path=self.path) from None
+        if done:
+            self._changed(end)
+        elif flags & WriteFlags.NO_FALLBACK:
+            raise ImageUnsupported("Operation not supported")
+        else:
+            self.write_zero_bytes(offset, length, flags & ~WriteFlags.FUA)
+        if flags & WriteFlags.FUA:
+            self.flush()
+
+    def _discard(self, offset: int, length: int) -> None:
+        from lamina.protocols.file import allocation
+
+        try:
+            allocation.discard(self._fd, offset, length)
+        except OSError as error:
+            raise StorageError.from_os_error(error, path=self.path) from None
+        self._changed(0)
+
+    def copy_range_from(self, source: Node, source_offset: int, offset: int, length: int) -> int:
+        """Copy inside the kernel, possibly by sharing blocks; the bytes that were copied.
+
+        Fewer than ``length``, down to 0, mean that the rest has to be read and written: another
+        kind of source, another file system, or the source's end. Raises StorageError.
+        """
+        if not isinstance(source, FileNode) or not hasattr(os, "copy_file_range"):
+            return 0
+        done = 0
+        try:
+            while done < length:
+                count = os.copy_file_range(
+                    source._fd, self._fd, length - done, source_offset + done, offset + done
+                )
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise StorageError.from_os_error(error, path=self.path) from None
+        finally:
+            self._changed(offset + done if done else 0)
+        return done
+
+    def _flush(self) -> None:
+        """Once a flush has failed nobody can know what the host still has: it stays failed."""
+        with self._flushing:
+            if self._flush_error is not None:
+                raise self._flush_error
+            if not self._unflushed:
+                return
+            self._unflushed = False
+            try:
+                _synchronise(self._fd)
+            except OSError as error:
+                self._flush_error = StorageError.from_os_error(error, path=self.path)
+                raise self._flush_error from None
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Data and holes, to the byte. A hole is what the file system says is one."""
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end:
+            region = self._holes.region(offset, self._length)
+            stop = min(region.end, end)
+            kind = Kind.DATA if region.is_data else Kind.ZERO
+            if found and found[-1].kind == kind:
+                first = found.pop()
+                found.append(first._replace(length=stop - first.guest_offset))
+            else:
+                found.append(Extent(offset, stop - offset, kind, self, offset))
+            offset = stop
+        return found
+
+    def truncate(
+        self,
+        size: int,
+        preallocation: Preallocation = Preallocation.OFF,
+        *,
+        exact: bool = True,
+        zeroed: bool = False,
+    ) -> None:
+        """New space always reads as zeroes. Raises UsageError or StorageError."""
+        from lamina.protocols.file import allocation
+
+        with self._growth:
+            try:
+                allocation.set_length(self._fd, self._length, size, preallocation)
+            finally:
+                self._length = self._find_length()
+                self._changed(0)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def apply_permissions(self, perm: Perm, shared: Perm) -> None:
+        if self.closed or self._locks is None:
+            return
+        if self.options.force_share:
+            shared = Perm.ALL
+        self._locks.apply(perm, shared)
+        self._holes.exclusive = bool(perm) and not shared & Perm.WRITE
+
+    def reopen(self, *, read_only: bool) -> None:
+        if read_only == self.read_only:
+            return
+        from lamina.protocols.file.opening import open_descriptor
+
+        if read_only:
+            self.flush()
+        replacement = open_descriptor(self.path, read_only=read_only, direct=self.options.direct)
+        try:
+            if self._locks is not None:
+                self._locks.move_to(replacement)
+            os.dup2(replacement, self._fd, inheritable=False)
+        finally:
+            os.close(replacement)
+        self.read_only = read_only
+        self.refresh_permissions()
+
+    def _close(self) -> None:
+        try:
+            super()._close()
+        finally:
+            os.close(self._fd)
+
+
+def _synchronise(fd: int) -> None:
+    if sys.platform == "darwin":
+        import fcntl
+
+        try:
+            fcntl.fcntl(fd, 51)  # F_FULLFSYNC: fsync leaves data in the drive's cache
+        except OSError:
+            os.fsync(fd)
+    elif hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)

@@ -1,0 +1,68 @@
+"""Batches of requests as few system calls: neighbours merged, short transfers continued."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lamina.block.node import ReadRequest, WriteRequest
+
+if sys.platform == "win32":
+    from lamina.protocols.file.positioned import preadv, pwritev
+else:
+    preadv = os.preadv
+    pwritev = os.pwritev
+
+MAX_BUFFERS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
+"""Buffers that one call takes."""
+
+_offset_of = itemgetter(0)
+
+
+def runs(
+    requests: Sequence[ReadRequest] | Sequence[WriteRequest],
+) -> Iterator[tuple[int, list[Any], int]]:
+    """(offset, buffers, bytes) of adjoining requests, at most MAX_BUFFERS of them together."""
+    buffers: list[Any] = []
+    start = end = -1
+    for offset, buffer in sorted(requests, key=_offset_of):
+        if offset == end and len(buffers) < MAX_BUFFERS:
+            buffers.append(buffer)
+            end += len(buffer)
+            continue
+        if buffers:
+            yield start, buffers, end - start
+        start, end, buffers = offset, offset + len(buffer), [buffer]
+    if buffers:
+        yield start, buffers, end - start
+
+
+def rest(buffers: Sequence[Any], done: int) -> list[memoryview]:
+    """What of ``buffers`` remains when the first ``done`` bytes are through."""
+    remaining = []
+    for buffer in buffers:
+        if done < len(buffer):
+            remaining.append(memoryview(buffer)[done:])
+        done = max(done - len(buffer), 0)
+    return remaining
+
+
+def continue_read(fd: int, buffers: Sequence[Any], offset: int, done: int) -> None:
+    """Finish a read that returned after ``done`` bytes; behind the end of the file are zeroes."""
+    while remaining := rest(buffers, done):
+        count = preadv(fd, remaining, offset + done)
+        if count == 0:
+            for buffer in remaining:
+                buffer[:] = bytes(len(buffer))
+            return
+        done += count
+
+
+def continue_write(fd: int, buffers: Sequence[Any], offset: int, done: int) -> None:
+    """Finish a write that returned after ``done`` bytes. Raises OSError."""
+    while remaining := rest(buffers, done):
+        done += pwritev(fd, remaining, offset + done)
