@@ -134,7 +134,6 @@ class Backend:
     def _refresh(self) -> None:
         """Look up what the hot paths ask for; again whenever it may have changed."""
         node = self.node
-        self._alignment = node.limits.request_alignment
         self._writable = bool(self._attachment.perm & _WRITES) and not node.read_only
         detect = node.options.detect_zeroes
         self._zero_flags: WriteFlags | None = None
@@ -142,11 +141,8 @@ class Backend:
             self._zero_flags = WriteFlags.MAY_UNMAP if detect == "unmap" else WriteFlags.NONE
         # A raw image whose format was guessed must not turn into something else: block 0.
         self._guarded = node.options.probed and node.driver == "raw"
-        self._plain_writes = (
-            self._alignment == 1
-            and self._zero_flags is None
-            and not self._guarded
-            and not self._writethrough
+        self._plain_writes = not (
+            self._guarded or self._writethrough or self._zero_flags is not None
         )
 
     # -- what it is ------------------------------------------------------------------------------
@@ -180,12 +176,7 @@ class Backend:
         for offset, buffer in requests:
             if offset < 0 or offset + len(buffer) > size:
                 raise StorageError.from_errno(errno.EIO)
-        if self._alignment == 1:
-            self.node.readv(requests)
-        else:
-            from lamina.block import alignment
-
-            alignment.readv(self.node.readv, requests, self._alignment)
+        self.node.readv(requests)
 
     def read(self, offset: int, length: int) -> bytes:
         buffer = bytearray(length)
@@ -223,16 +214,12 @@ class Backend:
             rest = []
             for offset, data in requests:
                 if is_zero(data):
-                    self._zero(offset, len(data), flags | self._zero_flags)
+                    self.node.write_zeroes(offset, len(data), flags | self._zero_flags)
                 else:
                     rest.append((offset, data))
             requests = rest
-        if self._alignment == 1:
+        if requests:
             self.node.writev(requests, flags)
-        else:
-            from lamina.block import alignment
-
-            alignment.writev(self.node.readv, self.node.writev, requests, self._alignment, flags)
 
     def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
         """Whole encoded units; see ``Node.write_compressed``."""
@@ -252,26 +239,13 @@ class Backend:
         self._check_range(offset, length)
         if self._writethrough:
             flags |= WriteFlags.FUA
-        self._zero(offset, length, flags)
-
-    def _zero(self, offset: int, length: int, flags: WriteFlags) -> None:
-        if self._alignment == 1 or not (offset | length) % self._alignment:
-            self.node.write_zeroes(offset, length, flags)
-        else:
-            from lamina.block import alignment
-
-            alignment.write_zeroes(self.node, offset, length, flags)
+        self.node.write_zeroes(offset, length, flags)
 
     def discard(self, offset: int, length: int) -> None:
         """A hint; units that the range covers only in part are left alone."""
         self._check_writable()
         self._check_range(offset, length)
-        unit = max(self._alignment, self.node.limits.discard_alignment)
-        start, end = -(-offset // unit) * unit, (offset + length) // unit * unit
-        if offset + length == self.node.size:
-            end = offset + length
-        if start < end:
-            self.node.discard(start, end - start)
+        self.node.discard(offset, length)
 
     def flush(self) -> None:
         self.node.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ class OpenContext(Protocol):
     node_options: NodeOptions
     """For ``Node.__init__``."""
     secrets: Secrets
+    warn: Callable[[str], None]
+    """Tells people what no error can tell: what went wrong while closing, above all."""
     inspect: bool
     """Only metadata is wanted (``info``): open nothing that an image names, no data is read."""
     check: bool

@@ -86,6 +86,11 @@ class Driver:
         """Protocols: make what will then be opened, ``options.size`` bytes long."""
         raise ImageUnsupported(f"Protocol driver '{self.name}' does not support image creation")
 
+    def new_file_size(self, options: Any) -> int:
+        """Formats: bytes of the file that ``create`` wants to be handed. Those that know nothing
+        better let it grow."""
+        return 0
+
     def create(self, options: Any, file: Node, context: CreateContext) -> None:
         """Formats: turn the writable, empty node ``file`` into an image."""
         raise ImageUnsupported(f"Format driver '{self.name}' does not support image creation")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.block import registry
 from lamina.block.keyvalue import flatten, nest
-from lamina.errors import Refused, UsageError
+from lamina.errors import UsageError
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
@@ -80,6 +80,26 @@ def protocol_options(filename: str) -> dict[str, Any]:
     return {"driver": name, **registry.driver(name).parse_filename(filename)}
 
 
+def protocol_name(filename: str) -> str:
+    """The driver of ``protocol_options``, without reading the rest of the name."""
+    prefix = protocol_prefix(filename)
+    if prefix is None or prefix == "file":
+        return _local_driver(filename.removeprefix("file:"))
+    name = registry.by_prefix(prefix)
+    if name is None:
+        raise UsageError(f"Unknown protocol '{prefix}'")
+    return name
+
+
+def local_file(filename: str) -> str | None:
+    """The path, if ``filename`` names a plain local file (or one that could be there)."""
+    if is_json(filename):
+        return local_path(parse_json(filename))
+    if protocol_name(filename) != "file":
+        return None
+    return filename.removeprefix("file:")
+
+
 def _local_driver(filename: str) -> str:
     """``host_device`` for devices, ``file`` for everything else, missing files included."""
     import stat
@@ -130,11 +150,7 @@ def base_directory(node: Node) -> str:
     while (inner := below.child("file") or below.child("image")) is not None:
         below = inner
     if is_json(below.filename) or below.driver.startswith("null-"):
-        raise UsageError(
-            "Cannot generate a base directory with the extended"
-            if False
-            else f"Cannot generate a base directory for {below.driver} nodes"
-        )
+        raise UsageError(f"Cannot generate a base directory for {below.driver} nodes")
     return directory_part(below.filename)
 
 
@@ -162,19 +178,3 @@ def json_filename(options: Mapping[str, Any]) -> str:
     import json
 
     return "json:" + json.dumps(nest(options))
-
-
-__all__ = [
-    "Refused",
-    "base_directory",
-    "combine",
-    "directory_part",
-    "full_backing_filename",
-    "is_absolute",
-    "is_json",
-    "json_filename",
-    "local_path",
-    "parse_json",
-    "protocol_options",
-    "protocol_prefix",
-]

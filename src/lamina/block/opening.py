@@ -14,7 +14,7 @@ given for it from the node above.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lamina.block import filenames, registry
@@ -155,6 +155,7 @@ class Opener:
             self.session.check_name(settings.node_name)
         shown = options.get("filename") or (file.filename if file else filename) or ""
         settings = replace(settings, filename=str(shown), probed=probed)
+        parsed: Any
         parsed, rest = parse(driver.Options, options)
         own = {key: value for key, value in options.items() if key not in rest}
         context = Context(self, driver, settings, {**options}, rest, chain)
@@ -209,6 +210,7 @@ class Context:
     ) -> None:
         self.node_options = settings
         self.secrets: Secrets = opener.session.secrets
+        self.warn = opener.session.warn
         self.inspect = opener.inspect
         self.check = opener.check
         self.image_option = image_option
@@ -276,7 +278,7 @@ class Context:
                 return None
             raise UsageError("Must specify either driver or file")
         full = filenames.full_backing_filename(relative_to, filename)
-        path = _local_path(full)
+        path = filenames.local_file(full)
         check_named(
             self._opener.session.policy, filename, role, path, _home(relative_to)
         )
@@ -289,7 +291,7 @@ class Context:
         return self._opener.open(full, explicit, defaults, protocol=protocol, chain=chain)
 
     @staticmethod
-    def _prefixed(role: str, action: Any) -> Any:
+    def _prefixed(role: str, action: Callable[[], Node | None]) -> Node | None:
         try:
             return action()
         except LaminaError as error:
@@ -397,21 +399,14 @@ def _close_unused(node: Node) -> None:
         node.close()
 
 
-def _local_path(filename: str) -> str | None:
-    if filenames.is_json(filename):
-        return filenames.local_path(filenames.parse_json(filename))
-    options = filenames.protocol_options(filename)
-    return options["filename"] if options["driver"] == "file" else None
-
-
 def _home(node: Node) -> str | None:
-    path = _local_path(node.filename)
+    path = filenames.local_file(node.filename)
     return None if path is None else os.path.dirname(path) or "."
 
 
 def _identity(filename: str) -> str:
     """Two names with the same identity open the same file."""
-    path = _local_path(filename)
+    path = filenames.local_file(filename)
     return filename if path is None else os.path.realpath(path)
 
 
@@ -429,13 +424,18 @@ def shown_filename(
     file = node.child("file")
     if file is None:
         return filename or ""
-    if driver.is_format and not strong and not filenames.is_json(file.filename):
-        if not file.is_format and not (file.is_filter and not registry.is_protocol(file.driver)):
-            return file.filename
-    inner: dict[str, Any]
-    if filenames.is_json(file.filename):
-        inner = filenames.parse_json(file.filename)
-    else:
-        inner = filenames.protocol_options(file.filename)
-    below = {f"file.{key}": value for key, value in inner.items()}
+    on_storage = registry.is_protocol(file.driver) and not filenames.is_json(file.filename)
+    if driver.is_format and on_storage and not strong:
+        return file.filename
+    below = {f"file.{key}": value for key, value in _description(file).items()}
     return filenames.json_filename({**strong, "driver": driver.name, **below})
+
+
+def _description(node: Node) -> dict[str, Any]:
+    """Dotted options that open the same as ``node``."""
+    if filenames.is_json(node.filename):
+        return filenames.parse_json(node.filename)
+    if registry.is_protocol(node.driver):
+        return filenames.protocol_options(node.filename)
+    below = {f"file.{key}": value for key, value in _description(node.file).items()}
+    return {"driver": node.driver, **below}

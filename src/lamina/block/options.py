@@ -40,6 +40,8 @@ class Spec:
     help: str
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    listed: bool = False
+    """Creating an image tells the value even where it is the default."""
 
 
 def option(
@@ -50,9 +52,10 @@ def option(
     *,
     choices: Iterable[str] = (),
     aliases: Iterable[str] = (),
+    listed: bool = False,
 ) -> Any:
     """A field of an options class. ``choices`` limits a string to a set of words."""
-    spec = Spec(key, type, help, tuple(choices), tuple(aliases))
+    spec = Spec(key, type, help, tuple(choices), tuple(aliases), listed)
     return field(default=default, metadata={"option": spec})
 
 
@@ -97,21 +100,40 @@ def convert(spec: Spec, value: Any) -> Any:
             return False
         raise UsageError(f"Parameter '{spec.key}' expects 'on' or 'off'", field=spec.key)
     if spec.type is Type.SIZE:
-        size = value if isinstance(value, int) else _parse_size(str(value), "b")
-        if size is None or not 0 <= size < 1 << 64:
-            raise UsageError(
-                f"Parameter '{spec.key}' expects a non-negative number below 2^64",
-                field=spec.key,
-                hint="Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
-                "and exabytes, respectively.",
-            )
-        return size
+        return _size(spec, value)
     if spec.type is Type.NUMBER:
-        try:
-            return value if isinstance(value, int) else int(str(value), 0)
-        except ValueError:
-            raise UsageError(f"Parameter '{spec.key}' expects a number", field=spec.key) from None
+        return _number(spec, value)
     text = str(value)
     if spec.choices and text not in spec.choices:
         raise UsageError(f"Parameter '{spec.key}' does not accept value '{text}'", field=spec.key)
     return text
+
+
+def _size(spec: Spec, value: Any) -> int:
+    size = value if isinstance(value, int) else _parse_size(str(value), "b")
+    negative = str(value).lstrip().startswith("-") and str(value).lstrip()[1:].isdigit()
+    if negative or (size is not None and size >= 1 << 64):
+        raise UsageError(
+            f"Value '{value}' is out of range for parameter '{spec.key}'", field=spec.key
+        )
+    if size is None or isinstance(value, bool):
+        raise UsageError(
+            f"Parameter '{spec.key}' expects a non-negative number below 2^64",
+            field=spec.key,
+            hint="Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+            "and exabytes, respectively.",
+        )
+    return size
+
+
+def _number(spec: Spec, value: Any) -> int:
+    """As C reads it: ``0x`` is hexadecimal, a leading 0 octal."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = str(value).strip()
+    digits = text.lstrip("+-")
+    base = 8 if digits[:1] == "0" and digits[1:].isdigit() else 0
+    try:
+        return int(text, base)
+    except ValueError:
+        raise UsageError(f"Parameter '{spec.key}' expects a number", field=spec.key) from None

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class RawOptions:
     offset: int = option("offset", Type.SIZE, 0, "first byte of the window")
     size: int | None = option("size", Type.SIZE, None, "length of the window")
 
 
 @dataclass(frozen=True)
-class CreateOptions:
+class RawCreateOptions:
     size: int = option("size", Type.SIZE, 0, "Virtual disk size")
 
 
@@ -129,17 +129,20 @@ class RawNode(Node):
 
 class RawDriver(Driver):
     name = "raw"
-    Options = Options
-    CreateOptions = CreateOptions
+    Options = RawOptions
+    CreateOptions = RawCreateOptions
     is_format = True
     strong_options = ("offset", "size")
 
-    def open(self, options: Options, context: OpenContext) -> Node:
+    def open(self, options: RawOptions, context: OpenContext) -> Node:
         file = context.open_child("file")
         _check_window(options, file.size)
         node = RawNode(context.node_options, file, options.offset, options.size)
         node.attach("file", file)
         return node
+
+    def new_file_size(self, options: Any) -> int:
+        return round_up(options.size, SECTOR)
 
     def create(self, options: Any, file: Node, context: CreateContext) -> None:
         """Nothing to do: an empty file of the right length is a raw image."""
@@ -156,7 +159,7 @@ class RawDriver(Driver):
         return Measurement(source.size - holes, source.size)
 
 
-def _check_window(options: Options, real_size: int) -> None:
+def _check_window(options: RawOptions, real_size: int) -> None:
     if options.offset > real_size:
         raise UsageError(
             f"Offset ({options.offset}) cannot be greater than size of the containing file "

@@ -26,7 +26,7 @@ _ZEROES = bytes(1 << 16)
 
 
 @dataclass(frozen=True)
-class Options:
+class NullOptions:
     filename: str = option("filename", help="null-co:// or null-aio://")
     size: int = option("size", Type.SIZE, GIB, "size of the null block")
     latency: int = option("latency-ns", Type.NUMBER, 0, "nanoseconds before a request completes")
@@ -36,7 +36,7 @@ class Options:
 class NullNode(Node):
     """Reads as zeroes whatever was written."""
 
-    def __init__(self, driver: str, node_options: NodeOptions, options: Options) -> None:
+    def __init__(self, driver: str, node_options: NodeOptions, options: NullOptions) -> None:
         super().__init__(node_options)
         self.driver = driver  # type: ignore[misc]
         self._size = options.size
@@ -88,7 +88,7 @@ class NullNode(Node):
 
 
 class NullDriver(Driver):
-    Options = Options
+    Options = NullOptions
     strong_options = ("size", "latency-ns", "read-zeroes")
 
     def __init__(self, name: str) -> None:
@@ -102,7 +102,7 @@ class NullDriver(Driver):
     def plain_filename(self, given: Mapping[str, Any]) -> str | None:
         return None if given else f"{self.name}://"
 
-    def open(self, options: Options, context: OpenContext) -> Node:
+    def open(self, options: NullOptions, context: OpenContext) -> Node:
         if options.latency < 0:
             raise UsageError("latency-ns is invalid")
         return NullNode(self.name, context.node_options, options)
