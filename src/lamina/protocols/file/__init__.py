@@ -41,12 +41,7 @@ class FileOptions:
 
 @dataclass(frozen=True)
 class FileCreateOptions:
-    extent_size_hint: int | None = option(
-        "extent_size_hint",
-        Type.SIZE,
-        None,
-        "Extent size hint for the image file, 0 to disable",
-    )
+    size: int = option("size", Type.SIZE, 0, "Virtual disk size")
     nocow: bool = option("nocow", Type.BOOL, False, "Turn off copy-on-write (valid only on btrfs)")
     preallocation: str = option(
         "preallocation",
@@ -54,7 +49,12 @@ class FileCreateOptions:
         "off",
         "Preallocation mode (allowed values: off, falloc, full)",
     )
-    size: int = option("size", Type.SIZE, 0, "Virtual disk size")
+    extent_size_hint: int | None = option(
+        "extent_size_hint",
+        Type.SIZE,
+        None,
+        "Extent size hint for the image file, 0 to disable",
+    )
 
 
 class FileDriver(Driver):
