@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lamina.block.driver import Driver
 
 _FORMATS = {
+    "luks": "lamina.formats.luks:DRIVER",
+    "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
 }

@@ -1,0 +1,49 @@
+"""LUKS1 volumes, as cryptsetup and QEMU make them (LUKS On-Disk Format 1.x)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.driver import Driver, Measurement
+from lamina.formats.luks.options import LuksCreateOptions, LuksOptions
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+
+
+class LuksDriver(Driver):
+    name = "luks"
+    Options = LuksOptions
+    CreateOptions = LuksCreateOptions
+    is_format = True
+    strong_options = ("key-secret",)
+
+    def open(self, options: LuksOptions, context: OpenContext) -> Node:
+        from lamina.engine.disk import Disk
+        from lamina.formats.luks.mapping import LuksMapping
+
+        return Disk(context, lambda disk: LuksMapping(disk, options, context))
+
+    def new_file_size(self, options: Any) -> int:
+        from lamina.formats.luks.create import header_for
+
+        return header_for(options).payload_offset + int(options.size)
+
+    def create(self, options: Any, file: Node, context: CreateContext) -> None:
+        from lamina.formats.luks.create import create
+
+        create(options, file, context)
+
+    def measure(
+        self, options: Any, source: Node | None, context: CreateContext
+    ) -> Measurement:
+        from lamina.formats.luks.create import header_for, required_secret
+
+        required_secret(options, context)
+        size = options.size if source is None else source.size
+        total = header_for(options).payload_offset + size
+        return Measurement(total, total)
+
+
+DRIVER = LuksDriver()

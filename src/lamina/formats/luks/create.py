@@ -1,0 +1,41 @@
+"""A new LUKS volume: key material first, then the header that names it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lamina.ciphers.luks.create import first_key, new_header
+from lamina.ciphers.luks.header import Header
+from lamina.errors import UsageError
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext
+    from lamina.block.node import Node
+    from lamina.formats.luks.options import LuksCreateOptions
+
+
+def header_for(options: LuksCreateOptions) -> Header:
+    """Raises ImageUnsupported for a cipher that the library lacks."""
+    return new_header(
+        cipher_alg=options.cipher_alg,
+        cipher_mode=options.cipher_mode,
+        ivgen_alg=options.ivgen_alg,
+        ivgen_hash_alg=options.ivgen_hash_alg,
+        hash_alg=options.hash_alg,
+    )
+
+
+def required_secret(options: LuksCreateOptions, context: CreateContext) -> bytes:
+    if options.key_secret is None:
+        raise UsageError("Parameter 'key-secret' is required for cipher", field="key-secret")
+    return context.secrets.lookup(options.key_secret)
+
+
+def create(options: LuksCreateOptions, file: Node, context: CreateContext) -> None:
+    passphrase = required_secret(options, context)
+    header = header_for(options)
+    _, material = first_key(header, passphrase, options.iter_time)
+    file.write(header.slots[0].offset, material)
+    file.flush()
+    file.write(0, header.pack())
+    file.flush()

@@ -1,0 +1,44 @@
+"""qcow version 1, the format before qcow2: backing files, compression, AES."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.driver import Driver
+from lamina.formats.qcow.options import QcowCreateOptions, QcowOptions
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+
+
+class QcowDriver(Driver):
+    name = "qcow"
+    Options = QcowOptions
+    CreateOptions = QcowCreateOptions
+    is_format = True
+    supports_backing = True
+    strong_options = ("encrypt.format", "encrypt.key-secret")
+
+    def open(self, options: QcowOptions, context: OpenContext) -> Node:
+        from lamina.engine.disk import Disk
+        from lamina.formats.qcow.mapping import QcowMapping
+
+        return Disk(context, lambda disk: QcowMapping(disk, options, context))
+
+    def create(self, options: Any, file: Node, context: CreateContext) -> None:
+        from lamina.formats.qcow.create import create
+
+        create(options, file, context)
+
+    def make_empty(self, node: Node) -> None:
+        from lamina.engine.disk import Disk
+        from lamina.formats.qcow.mapping import QcowMapping
+
+        assert isinstance(node, Disk)
+        assert isinstance(node.mapping, QcowMapping)
+        with node.exclusive():
+            node.mapping.make_empty()
+
+
+DRIVER = QcowDriver()

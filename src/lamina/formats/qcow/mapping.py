@@ -1,0 +1,342 @@
+"""Where guest bytes live in a qcow image: two levels of tables, everything appended at the end.
+
+Nothing is ever freed: there are no counts, only references. Data is written first, then the L2
+entry that names it, then the L1 entry that names a new L2 table.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lamina.block.extents import Extent, Kind
+from lamina.block.filenames import full_backing_filename
+from lamina.block.info import NodeInfo
+from lamina.engine.mapping import Mapping, Piece, Reservation
+from lamina.engine.metadata import Metadata, Stage
+from lamina.engine.tables import TableCache
+from lamina.errors import ImageCorrupt, StorageError, UsageError
+from lamina.formats.qcow import layout
+from lamina.formats.qcow.layout import COMPRESSED, SIZE, Header, parse
+from lamina.units import SECTOR, round_up
+
+if TYPE_CHECKING:
+    from lamina.block.context import OpenContext
+    from lamina.block.extents import Cipher
+    from lamina.block.node import Node
+    from lamina.engine.disk import Disk
+    from lamina.formats.qcow.options import QcowOptions
+
+_ENTRY = struct.Struct(">Q")
+L2_CACHE_BYTES = 16 << 20
+L1_CHUNK = 1 << 20
+"""Bytes of the L1 table that are kept as one block: a huge, sparse one is not loaded as a whole."""
+
+
+class QcowMapping(Mapping):
+    driver = "qcow"
+    codec = "zlib"
+
+    def __init__(self, disk: Disk, options: QcowOptions, context: OpenContext) -> None:
+        self.disk = disk
+        self.file: Node = disk.file
+        head = self.file.read(0, min(SIZE, self.file.size))
+        self.header: Header = parse(head)
+        self.size = self.header.size
+        self.unit = self.encoded_unit = self.header.cluster_size
+        self.metadata = Metadata(self.file)
+        self.l2_tables = TableCache(
+            self.metadata,
+            table_bytes=8 * self.header.l2_entries,
+            capacity=L2_CACHE_BYTES,
+            stage=Stage.TABLES,
+            name="L2 table cache",
+        )
+        self.l1_chunks = TableCache(
+            self.metadata,
+            table_bytes=L1_CHUNK,
+            capacity=4 * L1_CHUNK,
+            stage=Stage.ROOTS,
+            name="L1 table",
+        )
+        self.end = max(self.file.size, self.header.l1_offset + 8 * self.header.l1_entries)
+        """Where the next allocation begins, before it is aligned."""
+        self.touched = self.end
+        """Nothing was ever written behind this: it reads as zeroes."""
+        self.backing_name = self._read_backing_name()
+        self.cipher: Cipher | None = None
+        if self.header.crypt_method == layout.CRYPT_AES:
+            self.request_alignment = SECTOR
+            self.encoded_unit = 0
+            if not context.inspect:
+                self.cipher = _aes(options, context)
+        if self.backing_name:
+            backing = context.open_named(
+                "backing", self.backing_name, driver=None, relative_to=disk
+            )
+            if backing is not None:
+                disk.attach("backing", backing)
+
+    def _read_backing_name(self) -> str | None:
+        header = self.header
+        if not header.backing_offset:
+            return None
+        if header.backing_offset + header.backing_length > self.file.size:
+            raise ImageCorrupt(
+                "Backing file name lies behind the end of the image",
+                format="qcow",
+                structure="header",
+                field="backing_file_offset",
+                offset=8,
+            )
+        name = self.file.read(header.backing_offset, header.backing_length)
+        return name.decode("utf-8", "surrogateescape")
+
+    # -- tables ----------------------------------------------------------------------------------
+
+    def _l1_place(self, index: int) -> tuple[int, int, int]:
+        """(host offset of the chunk, its length, where the entry is in it)."""
+        at = 8 * index
+        start = at // L1_CHUNK * L1_CHUNK
+        length = min(L1_CHUNK, 8 * self.header.l1_entries - start)
+        return self.header.l1_offset + start, length, at - start
+
+    def _l2_offset(self, l1_index: int) -> int:
+        """Host offset of an L2 table; 0: there is none."""
+        if l1_index >= self.header.l1_entries:
+            return 0
+        chunk, length, at = self._l1_place(l1_index)
+        offset: int = _ENTRY.unpack_from(self.l1_chunks.get(chunk, length), at)[0]
+        if offset and not SIZE <= offset <= self.end - 8:
+            raise ImageCorrupt(
+                f"L2 table offset {offset:#x} lies outside of the image",
+                path=self.file.filename,
+                format="qcow",
+                structure="L1 table",
+                field=f"entry {l1_index}",
+                offset=chunk + at,
+            )
+        return offset
+
+    def _entries(self, cluster: int, count: int) -> Iterator[tuple[int, Sequence[int]]]:
+        """(first cluster, L2 entries) of runs that cover these clusters, a table at a time."""
+        per_table = self.header.l2_entries
+        while count:
+            l1_index, index = divmod(cluster, per_table)
+            run = min(count, per_table - index)
+            offset = self._l2_offset(l1_index)
+            if offset:
+                table = array("Q", self.l2_tables.get(offset)[8 * index : 8 * (index + run)])
+                table.byteswap()
+                yield cluster, table
+            else:
+                yield cluster, bytes(run)
+            cluster += run
+            count -= run
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def resolve(self, offset: int, length: int) -> list[Extent]:
+        unit = self.unit
+        end = offset + length
+        first = offset // unit
+        count = -(-end // unit) - first
+        extents: list[Extent] = []
+        for cluster, entries in self._entries(first, count):
+            for number, entry in enumerate(entries):
+                extent = self._extent((cluster + number) * unit, entry)
+                if extents and (joined := _joined(extents[-1], extent)) is not None:
+                    extents[-1] = joined
+                else:
+                    extents.append(extent)
+        if extents:
+            extents[0] = extents[0].cut(offset, extents[0].end)
+            extents[-1] = extents[-1].cut(extents[-1].guest_offset, end)
+        return extents
+
+    def _extent(self, guest_offset: int, entry: int) -> Extent:
+        unit = self.unit
+        if not entry:
+            return Extent(guest_offset, unit, Kind.BELOW)
+        if entry & COMPRESSED:
+            host_offset, stored = layout.compressed_place(self.header, entry)
+            return Extent(
+                guest_offset,
+                unit,
+                Kind.ENCODED,
+                self.file,
+                host_offset,
+                stored_length=stored,
+                codec=self.codec,
+                unit_offset=guest_offset,
+                unit_length=unit,
+            )
+        return Extent(
+            guest_offset,
+            unit,
+            Kind.DATA,
+            self.file,
+            entry,
+            cipher=self.cipher,
+            first_sector=guest_offset // SECTOR,
+        )
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
+        end_before = self.end
+        pieces: list[Piece] = []
+        try:
+            for offset, length in ranges:
+                self._reserve_range(offset, length, pieces)
+        except BaseException:
+            self.end = end_before
+            raise
+        return QcowReservation(self, pieces, end_before)
+
+    def _reserve_range(self, offset: int, length: int, pieces: list[Piece]) -> None:
+        unit = self.unit
+        end = offset + length
+        first = offset // unit
+        for cluster, entries in self._entries(first, -(-end // unit) - first):
+            for number, entry in enumerate(entries):
+                start = (cluster + number) * unit
+                lo, hi = max(start, offset), min(start + unit, end)
+                fresh = not entry or bool(entry & COMPRESSED)
+                untouched = fresh and self.end >= self.touched
+                host = self._append(unit, unit) if fresh else entry
+                pieces.append(
+                    Piece(
+                        lo,
+                        hi - lo,
+                        self.file,
+                        host + lo - start,
+                        copy_head=lo - start if fresh else 0,
+                        copy_tail=start + unit - hi if fresh else 0,
+                        fresh=fresh,
+                        reads_zero=untouched and self.cipher is None,
+                        cipher=self.cipher,
+                        first_sector=(start if fresh else lo) // SECTOR,
+                    )
+                )
+
+    def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
+        end_before = self.end
+        pieces = [
+            Piece(offset, length, self.file, self._append(length, SECTOR), fresh=True)
+            for offset, length in units
+        ]
+        return QcowReservation(self, pieces, end_before, encoded=True)
+
+    def _append(self, length: int, alignment: int) -> int:
+        """Host offset of new space at the end of the file."""
+        offset = round_up(self.end, alignment)
+        if offset + length > 1 << (63 - self.header.cluster_bits):
+            raise StorageError("File too large", errno=27)
+        self.end = offset + length
+        self.touched = max(self.touched, self.end)
+        return offset
+
+    def publish(self, guest_offset: int, entry: int) -> None:
+        """Let an L2 entry name a new place, in a new table if there is none."""
+        l1_index, index = divmod(guest_offset // self.unit, self.header.l2_entries)
+        table = self._l2_offset(l1_index)
+        if not table:
+            table = self._append(8 * self.header.l2_entries, self.unit)
+            self.l2_tables.new(table)
+            chunk, length, at = self._l1_place(l1_index)
+            self.l1_chunks.get(chunk, length)
+            self.l1_chunks.update(chunk, at, _ENTRY.pack(table))
+        self.l2_tables.update(table, 8 * index, _ENTRY.pack(entry))
+
+    def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        """Only what is not there and has nothing below it is zero without being written."""
+        if self.backing_name:
+            return False
+        return all(extent.kind is Kind.BELOW for extent in self.resolve(offset, length))
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def info(self) -> NodeInfo:
+        name = self.backing_name
+        return NodeInfo(
+            self.disk.filename,
+            "qcow",
+            self.size,
+            self.file.info().actual_size,
+            cluster_size=self.unit,
+            encrypted=self.header.crypt_method != layout.CRYPT_NONE,
+            backing_filename=name,
+            full_backing_filename=full_backing_filename(self.disk, name) if name else None,
+        )
+
+    def make_empty(self) -> None:
+        """Forget all data: the L1 table first, then what it named."""
+        start, length = self.header.l1_offset, 8 * self.header.l1_entries
+        self.metadata.commit()
+        self.file.write_zeroes(start, length)
+        self.file.flush()
+        self.metadata.barrier()
+        for cache in (self.l1_chunks, self.l2_tables):
+            cache.drop_clean()
+        self.end = start + length
+        self.file.truncate(self.end)
+
+
+class QcowReservation(Reservation):
+    """Clusters at the end of the file that no table names yet."""
+
+    def __init__(
+        self, mapping: QcowMapping, pieces: list[Piece], end_before: int, *, encoded: bool = False
+    ) -> None:
+        self.pieces = pieces
+        self._mapping = mapping
+        self._end_before = end_before
+        self._end = mapping.end
+        self._encoded = encoded
+
+    def commit(self) -> None:
+        mapping = self._mapping
+        for piece in self.pieces:
+            if self._encoded:
+                entry = layout.compressed_entry(mapping.header, piece.host_offset, piece.length)
+            elif piece.fresh:
+                entry = piece.host_offset - piece.copy_head
+            else:
+                continue
+            mapping.publish(piece.guest_offset, entry)
+
+    def abort(self) -> None:
+        """Space at the very end is used again; behind it, somebody else has appended."""
+        if self._mapping.end == self._end:
+            self._mapping.end = self._end_before
+
+
+def _joined(left: Extent, right: Extent) -> Extent | None:
+    """Two neighbours as one, if they are of one kind and adjoin in the file too."""
+    if left.kind is not right.kind or left.kind is Kind.ENCODED:
+        return None
+    if left.kind is Kind.DATA and left.host_offset + left.length != right.host_offset:
+        return None
+    return left._replace(length=left.length + right.length)
+
+
+def _aes(options: QcowOptions, context: OpenContext) -> Cipher:
+    """AES-128 in CBC mode; the key is the passphrase itself, cut or padded to 16 bytes."""
+    from lamina.ciphers.ivs import plain64
+    from lamina.ciphers.modes import Cbc
+
+    if options.encrypt_format not in (None, "aes"):
+        raise UsageError(
+            f"Header reported 'aes' encryption format but options specify "
+            f"'{options.encrypt_format}'",
+            field="encrypt.format",
+        )
+    if options.encrypt_key_secret is None:
+        raise UsageError(
+            "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"
+        )
+    passphrase = context.secrets.lookup(options.encrypt_key_secret)
+    return Cbc("aes", passphrase[:16].ljust(16, b"\0"), plain64)
