@@ -181,6 +181,15 @@ class Node(ABC):
         for attachment in self.children.values():
             attachment.node.flush()
 
+    def copy_range_from(
+        self, source: Node, source_offset: int, offset: int, length: int
+    ) -> int:
+        """Copy bytes of another node without having them pass through memory.
+
+        Returns how many were copied, perhaps none: the rest has to be read and written.
+        """
+        return 0
+
     @abstractmethod
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Where these bytes are, in order, without gaps; this layer only (``Kind.BELOW``)."""

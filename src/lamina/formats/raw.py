@@ -93,6 +93,12 @@ class RawNode(Node):
     def _discard(self, offset: int, length: int) -> None:
         self._file.discard(offset + self._offset, length)
 
+    def copy_range_from(
+        self, source: Node, source_offset: int, offset: int, length: int
+    ) -> int:
+        self._check_room(offset, length)
+        return self._file.copy_range_from(source, source_offset, offset + self._offset, length)
+
     def extents(self, offset: int, length: int) -> list[Extent]:
         shift = self._offset
         found = self._file.extents(offset + shift, length)

@@ -1,8 +1,8 @@
 """What a disk holds across its whole backing chain, and what of it is known to read as zeroes.
 
-``Node.extents`` speaks of one layer. Here ``Kind.BELOW`` is followed down the chain: filters are
-looked through, what lies behind the end of a shorter backing file is zero, and data that lies in a
-hole of the file underneath is known to read as zeroes, though it has its place.
+``Node.extents`` speaks of one layer. Here ``Kind.BELOW`` is followed down the chain: filters are no
+layers, what lies behind the end of a shorter backing file is zero, and data that lies in a hole of
+the file underneath is known to read as zeroes, though it has its place.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ class ChainColumns(NamedTuple):
 
 
 def chain(node: Node, base: Node | None = None) -> list[Node]:
-    """The layers from ``node`` down to the last one, or to the one above ``base``; no filters."""
+    """The layers from ``node`` down to the last one, or to the one above ``base``.
+
+    Filters on top of a layer belong to it.
+    """
     layers = []
-    layer: Node | None = node.unfiltered
+    layer: Node | None = node
     stop = base.unfiltered if base is not None else None
-    while layer is not None and layer is not stop:
+    while layer is not None and layer.unfiltered is not stop:
         layers.append(layer)
-        layer = layer.backing
-        layer = layer.unfiltered if layer is not None else None
+        layer = layer.unfiltered.backing
     return layers
 
 
@@ -56,12 +58,13 @@ def chain_extents(
 ) -> list[Status]:
     """What these bytes are, in order, without gaps, neighbours of one fate joined.
 
-    ``base``: a layer that is not asked any more; what comes from there stays ``Kind.BELOW``.
+    ``base``: a layer that is not asked any more; what comes from there stays ``Kind.BELOW`` and
+    is not known to be zero. What lies behind its end is.
     Without ``look_for_holes`` the files underneath are not asked about theirs.
     """
     layers = chain(node, base)
     found: list[Status] = []
-    _descend(layers, 0, offset, length, base is None, found)
+    _descend(layers, 0, offset, length, base, found)
     if look_for_holes:
         sparse = {id(layer) for layer in layers if _may_lie_in_holes(layer)}
         if sparse:
@@ -91,25 +94,31 @@ def is_allocated(node: Node, offset: int, length: int, base: Node | None = None)
 
 
 def _descend(
-    layers: list[Node], depth: int, offset: int, length: int, to_end: bool, found: list[Status]
+    layers: list[Node],
+    depth: int,
+    offset: int,
+    length: int,
+    base: Node | None,
+    found: list[Status],
 ) -> None:
-    """Append what layer ``depth`` says of a range within its size, asking below where it must.
-
-    ``to_end``: there is nothing under the last layer, so that BELOW means zeroes there.
-    """
+    """Append what layer ``depth`` says of a range within its size, asking below where it must."""
     last = depth + 1 == len(layers)
+    below = base if last else layers[depth + 1]
     for extent in layers[depth].extents(offset, length):
         if extent.kind != Kind.BELOW:
             found.append(Status(extent, depth, extent.kind == Kind.ZERO))
             continue
         inside = 0
-        if not last:
-            inside = max(min(extent.end, layers[depth + 1].size) - extent.guest_offset, 0)
-            if inside:
-                _descend(layers, depth + 1, extent.guest_offset, inside, to_end, found)
+        if below is not None:
+            inside = max(min(extent.end, below.size) - extent.guest_offset, 0)
+        if inside and last:
+            part = extent.cut(extent.guest_offset, extent.guest_offset + inside)
+            found.append(Status(part, depth, False))
+        elif inside:
+            _descend(layers, depth + 1, extent.guest_offset, inside, base, found)
         if inside < extent.length:
             rest = extent.cut(extent.guest_offset + inside, extent.end)
-            found.append(Status(rest, depth, to_end or not last))
+            found.append(Status(rest, depth, True))
 
 
 def _may_lie_in_holes(layer: Node) -> bool:
@@ -118,6 +127,7 @@ def _may_lie_in_holes(layer: Node) -> bool:
     Asking a file for its holes is slow on some file systems, and in vain unless metadata was
     preallocated: so do it only if a tenth of the file is not really there.
     """
+    layer = layer.unfiltered
     if not layer.is_format or "file" not in layer.children:
         return False
     try:

@@ -91,7 +91,7 @@ class MemoryDisk(Node):
             length = len(data)
             if self.fail_write_at is not None and offset <= self.fail_write_at < offset + length:
                 raise StorageError.from_errno(28)
-            assert 0 <= offset
+            assert offset >= 0
             assert offset + length <= self.size
             self.writes.append((offset, length))
             self._copy_up(offset, length)

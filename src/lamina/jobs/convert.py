@@ -1,0 +1,345 @@
+"""Copying disks, one behind the other, onto a target.
+
+The extents of the sources say what there is to move. Runs of data are gathered into batches of half
+a mebibyte, each with a buffer of its own that is used again and again (fresh pages of memory cost
+more than the copy into them). Worker threads read the batches, decoding as they go, and look for
+zeroes; this thread writes them in the order of their addresses, so that the target comes out
+sequential, and one core reads while another writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from lamina.block.extents import Extent, Kind
+from lamina.block.limits import WriteFlags
+from lamina.errors import LaminaError, UsageError
+from lamina.jobs.overlap import overlapped
+from lamina.jobs.rate import RateLimit
+from lamina.jobs.salvage import SalvagedSources
+from lamina.jobs.sources import Sources
+from lamina.jobs.zeroes import between, is_zero, zero_runs
+from lamina.records import dataclass
+from lamina.units import KIB, MIB, round_down, round_up
+
+if TYPE_CHECKING:
+    from lamina.block.backend import Backend
+
+_BATCH = 512 * KIB
+_COMPRESSED_BATCH = 4 * MIB
+"""Many units, so that they can be encoded side by side."""
+_MOST_RUNS = 512
+"""Runs in one batch."""
+_GRANULE = 4096
+
+
+@dataclass
+class Settings:
+    sparse_size: int = 4096
+    """This many zeroes in a row are not written as data; 0: everything is."""
+    compressed: bool = False
+    target_is_zero: bool = False
+    """The target reads as zeroes before the first write."""
+    over_backing: bool = False
+    """The target's backing file has the content of the source's: copy only what the source's top
+    layer holds."""
+    zero_from: int = 0
+    """Where the backing file of a new target ends: bytes behind it are zeroes already."""
+    copy_range: bool = False
+    """Let the storage copy by itself where it can; no zeroes are looked for."""
+    out_of_order: bool = False
+    """The target may be written in any order, several writes at once."""
+    workers: int = 8
+    rate: int = 0
+    """Bytes a second; 0: as fast as can be."""
+    salvage: bool = False
+    """What cannot be read becomes zeroes, and a warning."""
+    progress: Callable[[float], None] = lambda done: None
+    """Told the part of the work that is done, from 0 to 1."""
+    warn: Callable[[str], None] = lambda text: None
+
+
+class Run(NamedTuple):
+    """Bytes to be copied or, if ``zero``, zeroed."""
+
+    offset: int
+    length: int
+    zero: bool
+    extent: Extent | None = None
+    """Where the sources hold the bytes."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class Batch:
+    """Runs that are read and written together, and the buffer they pass through."""
+
+    __slots__ = ("buffer", "length", "runs", "view", "writes", "zeroes")
+
+    def __init__(self, size: int) -> None:
+        self.buffer = bytearray(size)
+        self.view = memoryview(self.buffer)
+        self.clear()
+
+    def clear(self) -> None:
+        self.runs: list[Run] = []
+        self.length = 0
+        self.writes: list[tuple[int, memoryview]] = []
+        self.zeroes: list[tuple[int, int]] = []
+        """Offset and length."""
+
+
+def convert(disks: list[Backend], target: Backend, settings: Settings) -> None:
+    """Copy everything. The target is large enough. Raises what reading and writing raise, their
+    sentences begun with ``error while reading at byte …``."""
+    if settings.compressed and not target.node.supports_compressed_writes:
+        raise UsageError("Compression not supported for this file format")
+    sources = SalvagedSources(disks, settings.warn) if settings.salvage else Sources(disks)
+    Conversion(sources, target, settings).run()
+
+
+class Conversion:
+    def __init__(self, sources: Sources, target: Backend, settings: Settings) -> None:
+        self.sources = sources
+        self.target = target
+        self.settings = settings
+        self.hold_back = RateLimit(settings.rate)
+        unit = max(target.limits.write_zeroes_alignment, 1)
+        if settings.compressed:
+            unit = target.info().cluster_size or unit
+        self.unit = unit
+        self.batch_size = max(_COMPRESSED_BATCH if settings.compressed else _BATCH, unit)
+        # Zeroes are looked for in pieces that the target can do without.
+        self.granule = unit
+        self.shortest = 0
+        if unit < settings.sparse_size:
+            self.granule = max(unit, min(settings.sparse_size, _GRANULE))
+            self.shortest = settings.sparse_size
+
+    def run(self) -> None:
+        if self.settings.salvage:
+            self._one_by_one()
+        elif self.settings.copy_range:
+            self._by_storage()
+        else:
+            self._overlapped()
+
+    def _overlapped(self) -> None:
+        workers = max(1, min(self.settings.workers, os.cpu_count() or 1))
+        pool: list[Batch] = []
+
+        def fresh() -> Batch:
+            return pool.pop() if pool else Batch(self.batch_size)
+
+        def read_and_write(batch: Batch) -> None:
+            self.read(batch)
+            self.write(batch)
+
+        def write_and_reuse(batch: Batch) -> None:
+            if not self.settings.out_of_order:
+                self.write(batch)
+            self.settings.progress(self.position(batch))
+            batch.clear()
+            pool.append(batch)
+
+        overlapped(
+            self.batches(self.plan(), fresh),
+            read_and_write if self.settings.out_of_order else self.read,
+            write_and_reuse,
+            workers=workers,
+            ahead=2 * workers + 2,
+        )
+
+    def _one_by_one(self) -> None:
+        """Bad storage: everything in order, so that the warnings are. They come twice, as it is
+        also asked beforehand what there is to do."""
+        for _ in self.plan():
+            pass
+        batch = Batch(self.batch_size)
+        for full in self.batches(self.plan(), lambda: batch):
+            self.read(full)
+            self.write(full)
+            self.settings.progress(self.position(full))
+            batch.clear()
+
+    def _by_storage(self) -> None:
+        batch = Batch(self.batch_size)
+        node = self.target.node
+        for run in self.plan():
+            extent, done = run.extent, 0
+            if extent is not None and extent.kind == Kind.DATA and extent.node is not None:
+                if extent.cipher is None:
+                    done = node.copy_range_from(
+                        extent.node, extent.host_offset, run.offset, run.length
+                    )
+                self.hold_back(done)
+            if done < run.length:
+                rest = run._replace(offset=run.offset + done, length=run.length - done)
+                for full in self.batches([rest], lambda: batch):
+                    self.read(full)
+                    self.write(full)
+                    batch.clear()
+            self.settings.progress(run.end / self.sources.size)
+
+    # -- what there is to do ---------------------------------------------------------------------
+
+    def plan(self) -> Iterator[Run]:
+        """What has to be copied or zeroed, in order."""
+        zeroes: Run | None = None
+        for status in self.sources.statuses(top_only=self.settings.over_backing):
+            extent = status.extent
+            offset, length = extent.guest_offset, extent.length
+            if status.reads_zero and self.settings.sparse_size:
+                length = self.zeroes_missing(offset, length)
+                if length <= 0:
+                    continue
+                if zeroes is not None and zeroes.end == offset:
+                    zeroes = zeroes._replace(length=zeroes.length + length)
+                    continue
+                if zeroes is not None:
+                    yield zeroes
+                zeroes = Run(offset, length, True)
+            elif extent.kind != Kind.BELOW or not self.settings.over_backing:
+                if zeroes is not None:
+                    yield zeroes
+                    zeroes = None
+                yield Run(offset, length, False, extent)
+        if zeroes is not None:
+            yield zeroes
+
+    def zeroes_missing(self, offset: int, length: int) -> int:
+        """How many of these zeroes, from the first on, the target does not have by itself."""
+        if self.settings.target_is_zero:
+            return 0
+        if self.settings.zero_from:
+            return min(length, self.settings.zero_from - offset)
+        return length
+
+    def batches(self, plan: Iterable[Run], fresh: Callable[[], Batch]) -> Iterator[Batch]:
+        """The plan in pieces that fit into a buffer and end where units end."""
+        if self.settings.compressed:
+            plan = self.whole_units(plan)
+        batch: Batch | None = None
+        for run in plan:
+            offset, length = run.offset, run.length
+            while length:
+                if batch is None:
+                    batch = fresh()
+                take = length
+                if not run.zero:
+                    take = min(length, self.room(batch, offset))
+                batch.runs.append(Run(offset, take, run.zero))
+                if not run.zero:
+                    batch.length += take
+                offset += take
+                length -= take
+                if length or batch.length == self.batch_size or len(batch.runs) == _MOST_RUNS:
+                    yield batch
+                    batch = None
+        if batch is not None:
+            yield batch
+
+    def room(self, batch: Batch, offset: int) -> int:
+        """Bytes from ``offset`` on that the batch can take."""
+        room = self.batch_size - batch.length
+        aligned = round_down(offset + room, self.unit) - offset
+        return aligned if aligned > 0 else room
+
+    def whole_units(self, plan: Iterable[Run]) -> Iterator[Run]:
+        """The units that hold any data, whole, and what zeroes there are besides."""
+        done = 0
+        tail: Run | None = None
+        for run in plan:
+            start, end = max(run.offset, done), run.end
+            if not run.zero:
+                start = max(round_down(run.offset, self.unit), done)
+                end = min(round_up(run.end, self.unit), self.sources.size)
+            if tail is not None and start > tail.offset:
+                yield tail
+            tail = None
+            if run.zero and end % self.unit and end < self.sources.size:
+                # Perhaps data follows in the same unit, which is then written with these zeroes.
+                last = round_down(end, self.unit)
+                tail = Run(max(start, last), end - max(start, last), True)
+                end = last
+            if start < end:
+                yield Run(start, end - start, run.zero)
+                done = end
+        if tail is not None:
+            yield tail
+
+    # -- doing it --------------------------------------------------------------------------------
+
+    def read(self, batch: Batch) -> None:
+        """Fill the buffer, and find out what of it is to be written."""
+        requests = []
+        position = 0
+        for run in batch.runs:
+            if not run.zero:
+                part = batch.view[position : position + run.length]
+                requests.append((run.offset, part))
+                position += run.length
+        if requests:
+            try:
+                self.sources.readv(requests)
+            except LaminaError as error:
+                raise error.in_context(
+                    f"error while reading at byte {requests[0][0]}: "
+                ) from None
+        position = 0
+        for run in batch.runs:
+            if run.zero:
+                batch.zeroes.append((run.offset, run.length))
+            else:
+                self._sort_out(batch, run, position)
+                position += run.length
+
+    def _sort_out(self, batch: Batch, run: Run, position: int) -> None:
+        """Divide the run that was read to ``position`` of the buffer into data and zeroes."""
+        shift = run.offset - position
+        end = position + run.length
+        if self.settings.compressed:
+            zeroes = self._zero_units(batch.buffer, position, end)
+        elif self.settings.sparse_size == 0 or self.settings.copy_range:
+            zeroes = []
+        else:
+            zeroes = zero_runs(
+                batch.buffer, position, end, self.granule, self.shortest, -run.offset
+            )
+        for start, stop in between(zeroes, position, end):
+            batch.writes.append((start + shift, batch.view[start:stop]))
+        for start, stop in zeroes:
+            length = self.zeroes_missing(start + shift, stop - start)
+            if length > 0:
+                batch.zeroes.append((start + shift, length))
+
+    def _zero_units(self, buffer: bytearray, start: int, end: int) -> list[tuple[int, int]]:
+        if self.settings.sparse_size == 0:
+            return []
+        return [
+            (position, min(position + self.unit, end))
+            for position in range(start, end, self.unit)
+            if is_zero(buffer, position, min(position + self.unit, end))
+        ]
+
+    def write(self, batch: Batch) -> None:
+        offset = 0
+        try:
+            if batch.writes:
+                offset = batch.writes[0][0]
+                if self.settings.compressed:
+                    self.target.write_compressed(batch.writes)
+                else:
+                    self.target.writev(batch.writes)
+            for offset, length in batch.zeroes:
+                self.target.write_zeroes(offset, length, WriteFlags.MAY_UNMAP)
+        except LaminaError as error:
+            raise error.in_context(f"error while writing at byte {offset}: ") from None
+        self.hold_back(batch.length)
+
+    def position(self, batch: Batch) -> float:
+        return batch.runs[-1].end / self.sources.size
