@@ -43,11 +43,10 @@ class Backend:
         perm: Perm = Perm.CONSISTENT_READ,
         shared: Perm = Perm.ALL,
         writethrough: bool = False,
-        name: str = "a user outside of the graph",
     ) -> None:
         """Raises Busy if other users of ``node`` do not tolerate this one."""
         self.node = node
-        self._attachment = node.used_by(None, name, perm, shared)
+        self._attachment = node.used_by(None, "root", perm, shared)
         self._writethrough = writethrough
         self._refresh()
 

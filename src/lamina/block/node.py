@@ -24,7 +24,7 @@ from typing import ClassVar
 from lamina.block.extents import Columns, Extent
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
-from lamina.block.permissions import Perm
+from lamina.block.permissions import Perm, spell
 from lamina.errors import Busy, ImageUnsupported, Refused
 from lamina.records import dataclass
 
@@ -70,6 +70,10 @@ class Attachment:
     role: str
     perm: Perm
     shared: Perm
+
+    def __str__(self) -> str:
+        who = "an unnamed block device" if self.user is None else f"node '{self.user.name}'"
+        return f"{who} (uses node '{self.node.name}' as '{self.role}' child)"
 
     def change(self, perm: Perm, shared: Perm) -> None:
         """Raises Busy, and leaves everything as it was, if others do not tolerate it."""
@@ -240,14 +244,32 @@ class Node(ABC):
     # -- life ------------------------------------------------------------------------------------
 
     def reopen(self, *, read_only: bool) -> None:
-        """Switch between reading and writing, this node and its ``file`` child."""
+        """Switch between reading and writing, this node and its children except the backing file.
+
+        If something refuses, everything stays as it was.
+        """
         if read_only == self.read_only:
             return
         if read_only:
             self.flush()
-        for role, attachment in self.children.items():
-            if role != "backing":
-                attachment.node.reopen(read_only=read_only)
+        switched: list[Node] = []
+        try:
+            if read_only:
+                # First stop wanting to write, then take the ability away from the children.
+                self._set_read_only(True)
+            for role, attachment in self.children.items():
+                if role != "backing":
+                    switched.append(attachment.node)
+                    attachment.node.reopen(read_only=read_only)
+            if not read_only:
+                self._set_read_only(False)
+        except BaseException:
+            for node in switched:
+                node.reopen(read_only=not read_only)
+            self._set_read_only(not read_only)
+            raise
+
+    def _set_read_only(self, read_only: bool) -> None:
         self.read_only = read_only
         self.refresh_permissions()
 
@@ -311,10 +333,15 @@ class Node(ABC):
         return attachment
 
     def replace_child(self, role: str, node: Node | None) -> None:
-        """Put another node (or none) in the place of a child."""
+        """Put another node (or none) in the place of a child. If that fails, the old one stays."""
         old = self.children.pop(role, None)
         if node is not None:
-            self.attach(role, node)
+            try:
+                self.attach(role, node)
+            except BaseException:
+                if old is not None:
+                    self.children[role] = old
+                raise
         if old is not None:
             old.detach()
 
@@ -343,7 +370,11 @@ class Node(ABC):
         for one in self.users:
             for other in self.users:
                 if one is not other and one.perm & ~other.shared:
-                    raise Busy(f"Conflicts with use by {other.role} as '{self.name}'")
+                    raise Busy(
+                        f"Permission conflict on node '{self.name}': permissions "
+                        f"'{spell(one.perm & ~other.shared)}' are both required by {one} "
+                        f"and unshared by {other}."
+                    )
         perm, shared = self.cumulative_permissions()
         if perm & (Perm.WRITE | Perm.RESIZE) and self.read_only:
             raise Refused("Block node is read-only", errno=errno.EACCES)
@@ -356,16 +387,20 @@ class Node(ABC):
         """What this node needs from a child, given what its own users do and tolerate.
 
         Filters pass both on. A format reads its metadata and may not have it changed under it; it
-        writes and resizes whenever it is open for writing. A backing file is only read, and must
-        not change.
+        writes and resizes whenever it is open for writing. A backing file is only read; who
+        tolerates that the disk changes tolerates it there as well.
         """
         if role == "backing":
-            return Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            tolerated = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            if shared & Perm.WRITE:
+                tolerated |= Perm.WRITE | Perm.RESIZE
+            return perm & Perm.CONSISTENT_READ, tolerated
         if self.is_format:
             need = Perm.CONSISTENT_READ
             if not self.read_only:
                 need |= Perm.WRITE | Perm.RESIZE
-            return need, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            tolerated = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            return need, Perm.ALL if self.options.force_share else tolerated
         return perm, shared
 
     def apply_permissions(self, perm: Perm, shared: Perm) -> None:

@@ -213,6 +213,7 @@ class Context:
         self.warn = opener.session.warn
         self.inspect = opener.inspect
         self.check = opener.check
+        self.warn = opener.session.warn
         self.image_option = image_option
         self.opened: dict[str, Node] = {}
         self._opener = opener

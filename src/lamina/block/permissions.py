@@ -27,3 +27,8 @@ NAMES = {
     Perm.RESIZE: "resize",
 }
 """As QEMU spells them in lock errors, in bit order."""
+
+
+def spell(perm: Perm) -> str:
+    """``"write, resize"``, for messages."""
+    return ", ".join(name for bit, name in NAMES.items() if perm & bit)
