@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lamina.block.alignment import Aligner
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.cache import UnitCache
@@ -20,6 +21,7 @@ from lamina.engine.locks import Ranges
 from lamina.engine.reader import Reader
 from lamina.engine.writer import Writer
 from lamina.errors import ImageUnsupported, LaminaError
+from lamina.units import round_up
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext
@@ -58,6 +60,8 @@ class Disk(Node):
             self.__dict__["driver"] = self.mapping.driver
             self.metadata = self.mapping.metadata
             self.pins = self.metadata.pins
+            if self.mapping.request_alignment > 1:
+                self._align_requests()
             # Roles that the mapping knows more about than every format does.
             self.refresh_permissions()
         except BaseException:
@@ -65,6 +69,24 @@ class Disk(Node):
             for attachment in list(self.children.values()):
                 attachment.detach()
             raise
+
+    def _align_requests(self) -> None:
+        """Encrypted sectors are read and written whole: requests of any shape are made of those."""
+        aligner = Aligner(self)
+        for name in ("readv", "writev", "write_zeroes"):
+            setattr(self, name, getattr(aligner, name))
+
+    def aligned_readv(self, requests: Sequence[ReadRequest]) -> None:
+        Disk.readv(self, requests)
+
+    def aligned_writev(self, requests: Sequence[WriteRequest], flags: WriteFlags) -> None:
+        Disk.writev(self, requests, flags)
+
+    def aligned_write_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
+        Disk.write_zeroes(self, offset, length, flags)
+
+    def aligned_discard(self, offset: int, length: int) -> None:
+        self._discard(offset, length)
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -195,6 +217,9 @@ class Disk(Node):
         exact: bool = True,
         zeroed: bool = False,
     ) -> None:
+        if size < self.size:
+            # What is cut off must not come back when the disk grows again.
+            self.writer.erase(size, min(round_up(size, self.mapping.unit), self.size))
         with self.exclusive():
             self.writer.open_gate()
             self.mapping.truncate(size, preallocation, exact=exact, zeroed=zeroed)

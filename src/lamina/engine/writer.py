@@ -16,6 +16,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.engine.copies import Copies, reads_zero
 from lamina.engine.workers import run_all
@@ -333,6 +334,12 @@ class Writer:
         if flags & WriteFlags.NO_FALLBACK:
             raise ImageUnsupported("Operation not supported")
         self.disk.write_zero_bytes(start, end - start, WriteFlags.NONE)
+
+    def erase(self, start: int, end: int) -> None:
+        """Zeroes over the data that this layer has there; what it has not stays below."""
+        for extent in self.disk.extents(start, end - start) if start < end else ():
+            if extent.kind not in (Kind.ZERO, Kind.BELOW):
+                self._zero_slowly(extent.guest_offset, extent.end, WriteFlags.NONE)
 
     def discard(self, offset: int, length: int) -> None:
         """Whole units only: a hint about a part of one is ignored."""
