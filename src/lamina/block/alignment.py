@@ -100,14 +100,14 @@ class Aligner:
                     self._write([(body_end, edges[alignment:])], flags & WriteFlags.FUA)
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole units only: parts of one cannot be given back."""
+        """Whole blocks only: parts of one cannot be given back."""
         limits = self._storage.limits
-        unit = max(limits.request_alignment, limits.discard_alignment)
-        start, end = round_up(offset, unit), round_down(offset + length, unit)
-        if start < end:
-            with self._writes.shared([(start, end)]):
-                for at, part in pieces(start, end, unit, limits.max_discard):
-                    self._storage.aligned_discard(at, part)
+        alignment = limits.request_alignment
+        start, end = round_up(offset, alignment), round_down(offset + length, alignment)
+        unit = max(alignment, limits.discard_alignment)
+        with self._writes.shared([(start, end)]):
+            for at, part in pieces(start, end, unit, limits.max_discard):
+                self._storage.aligned_discard(at, part)
 
     # -- aligned from here on --------------------------------------------------------------------
 

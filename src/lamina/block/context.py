@@ -25,8 +25,17 @@ class OpenContext(Protocol):
     image_option: Mapping[str, Any]
     """The options of this node as given, children's included, flattened to dotted keys."""
 
-    def open_child(self, role: str, *, node_options: NodeOptions | None = None) -> Node:
-        """Open the child that the options describe under ``role`` (``file`` above all)."""
+    def open_child(
+        self,
+        role: str,
+        *,
+        node_options: NodeOptions | None = None,
+        filename: str | None = None,
+    ) -> Node:
+        """Open the child that the options describe under ``role`` (``file`` above all).
+
+        ``filename``: what to open, with those options, where they do not say it themselves.
+        """
 
     def take_options(self, prefix: str) -> dict[str, Any]:
         """The options whose keys begin with ``prefix``, without it: for lists and other options

@@ -179,9 +179,17 @@ class Opener:
         return node
 
     def child(
-        self, role: str, options: dict[str, Any], defaults: NodeOptions, chain: tuple[str, ...]
+        self,
+        role: str,
+        options: dict[str, Any],
+        defaults: NodeOptions,
+        chain: tuple[str, ...],
+        filename: str | None = None,
     ) -> Node:
-        """The child that ``options`` describe under ``role``; takes these keys out of them."""
+        """The child that ``options`` describe under ``role``; takes these keys out of them.
+
+        ``filename``: what to open, with those options, where they do not say it themselves.
+        """
         reference = options.pop(role, None)
         below = _take(options, f"{role}.")
         if reference is not None:
@@ -191,9 +199,9 @@ class Opener:
                     "or a new filename"
                 )
             return self.session.node(str(reference))
-        if not below:
+        if not below and filename is None:
             raise UsageError(f'A block device must be specified for "{role}"')
-        return self.open(None, below, defaults, protocol=True, chain=chain)
+        return self.open(filename, below, defaults, protocol=True, chain=chain)
 
 
 class Context:
@@ -221,11 +229,17 @@ class Context:
         self._rest = rest
         self._chain = chain
 
-    def open_child(self, role: str, *, node_options: NodeOptions | None = None) -> Node:
+    def open_child(
+        self,
+        role: str,
+        *,
+        node_options: NodeOptions | None = None,
+        filename: str | None = None,
+    ) -> Node:
         ready = self.opened.get(role)
         if ready is None:
             defaults = node_options or self._child_defaults()
-            ready = self._opener.child(role, self._rest, defaults, self._chain)
+            ready = self._opener.child(role, self._rest, defaults, self._chain, filename)
             self.opened[role] = ready
         return ready
 
@@ -388,7 +402,10 @@ def _protocol(filename: Any, options: dict[str, Any]) -> tuple[str, dict[str, An
 def _probe(file: Node) -> str:
     from lamina.block.probing import PROBE_SIZE, probe
 
-    head = file.read(0, min(PROBE_SIZE, file.size))
+    try:
+        head = file.read(0, min(PROBE_SIZE, file.size))
+    except LaminaError as error:
+        raise error.in_context("Could not read image for determining its format: ") from None
     name = probe(head, file.filename)
     if not registry.is_known(name):
         raise UsageError(f"The image is in the format '{name}', which has no driver here")

@@ -48,7 +48,7 @@ class RawNode(Node):
         self._file = file
         self._offset = offset
         self._window = size
-        if offset == 0 and size is None:
+        if offset == 0 and size is None and type(file).event is Node.event:
             # The usual case: a call to us is a call to the file, at no cost.
             self.readv = file.readv  # type: ignore[method-assign]
             self.writev = file.writev  # type: ignore[method-assign]
@@ -71,12 +71,14 @@ class RawNode(Node):
 
     def readv(self, requests: Sequence[ReadRequest]) -> None:
         shift = self._offset
+        self._file.event("read_aio")
         self._file.readv([(offset + shift, buffer) for offset, buffer in requests])
 
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
         shift = self._offset
         for offset, data in requests:
             self._check_room(offset, len(data))
+        self._file.event("write_aio")
         self._file.writev([(offset + shift, data) for offset, data in requests], flags)
 
     def write_zeroes(
