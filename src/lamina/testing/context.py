@@ -31,7 +31,13 @@ class NodesContext:
         self.image_option: Mapping[str, Any] = {}
         self._children: dict[str, Node | None] = {"file": file, "backing": backing, **children}
 
-    def open_child(self, role: str, *, node_options: NodeOptions | None = None) -> Node:
+    def open_child(
+        self,
+        role: str,
+        *,
+        node_options: NodeOptions | None = None,
+        filename: str | None = None,
+    ) -> Node:
         node = self._children[role]
         assert node is not None
         return node
