@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lamina.errors import UsageError
+from lamina.units import _parse_size
 
 
 class GetoptError(UsageError):
@@ -152,3 +153,36 @@ IMAGE_OPTS = Option(
 FORCE_SHARE = Option("U", "force-share", help="read although others may be writing to the image")
 OBJECT = Option("", "object", "OBJDEF", "an object that the image needs, as TYPE,id=ID,…")
 OUTPUT = Option("", "output", "human|json", "for people (default) or for programs", output_format)
+
+
+# Lists of options (-o) and sizes -----------------------------------------------------------------
+
+
+def option_list(text: str) -> str:
+    """One ``-o``: no empty first or last entry, for several are joined with commas."""
+    trailing = len(text) - len(text.rstrip(","))
+    if not text or text.startswith(",") or trailing % 2:
+        raise UsageError(f"Invalid option list: {text}")
+    return text
+
+
+OPTIONS = Option("o", "options", "OPTIONS", "KEY=VALUE,… of the format; help lists them", option_list)
+
+
+def joined_options(given: Parsed) -> str:
+    """All ``-o`` as one list, nothing if there are none."""
+    return ",".join(given.values("options"))
+
+
+MAX_SIZE = (1 << 63) - 1
+
+
+def image_size(text: str, *, default_suffix: str = "b") -> int:
+    """Bytes out of the size of an image as users write it. Raises UsageError in QEMU's words."""
+    negative = text.lstrip().startswith("-")
+    size = _parse_size(text.replace("-", "", 1) if negative else text, default_suffix)
+    if size is None:
+        raise UsageError(f"Invalid image size specified: '{text}'.")
+    if negative or size > MAX_SIZE:
+        raise UsageError(f"Invalid image size specified. Must be between 0 and {MAX_SIZE}.")
+    return size
