@@ -173,6 +173,7 @@ class QcowMapping(Mapping):
                 unit_offset=guest_offset,
                 unit_length=unit,
             )
+        self._check_place(guest_offset, entry)
         return Extent(
             guest_offset,
             unit,
@@ -182,6 +183,17 @@ class QcowMapping(Mapping):
             cipher=self.cipher,
             first_sector=guest_offset // SECTOR,
         )
+
+    def _check_place(self, guest_offset: int, host_offset: int) -> None:
+        """Data lies behind the header and begins in the file. Raises ImageCorrupt."""
+        if not SIZE <= host_offset < self.end:
+            raise ImageCorrupt(
+                f"Cluster offset {host_offset:#x} lies outside of the image",
+                path=self.file.filename,
+                format="qcow",
+                structure="L2 table",
+                field=f"entry of guest offset {guest_offset:#x}",
+            )
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -206,7 +218,11 @@ class QcowMapping(Mapping):
                 lo, hi = max(start, offset), min(start + unit, end)
                 fresh = not entry or bool(entry & COMPRESSED)
                 untouched = fresh and self.end >= self.touched
-                host = self._append(unit, unit) if fresh else entry
+                if fresh:
+                    host = self._append(unit, unit)
+                else:
+                    self._check_place(start, entry)
+                    host = entry
                 pieces.append(
                     Piece(
                         lo,
