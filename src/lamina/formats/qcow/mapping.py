@@ -61,7 +61,15 @@ class QcowMapping(Mapping):
             stage=Stage.ROOTS,
             name="L1 table",
         )
-        self.end = max(self.file.size, self.header.l1_offset + 8 * self.header.l1_entries)
+        if self.header.l1_offset + 8 * self.header.l1_entries > self.file.size:
+            raise ImageCorrupt(
+                "L1 table lies behind the end of the image",
+                format="qcow",
+                structure="header",
+                field="l1_table_offset",
+                offset=40,
+            )
+        self.end = self.file.size
         """Where the next allocation begins, before it is aligned."""
         self.touched = self.end
         """Nothing was ever written behind this: it reads as zeroes."""
