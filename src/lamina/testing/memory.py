@@ -113,3 +113,6 @@ class MemoryFile(Node):
     def reopen(self, *, read_only: bool) -> None:
         self.read_only = read_only
         self.refresh_permissions()
+
+    def _close(self) -> None:
+        pass
