@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lamina.block.extents import Kind
 from lamina.errors import LaminaError
 from lamina.jobs.overlap import overlapped
-from lamina.jobs.sources import Sources
+from lamina.jobs.sources import Sources, side_by_side
 from lamina.jobs.status import Status
 from lamina.jobs.zeroes import is_zero
 from lamina.records import dataclass
@@ -142,21 +142,9 @@ class Comparison:
 
     def ranges(self) -> Iterator[tuple[int, int, tuple[bool, bool], bool]]:
         """(start, end, zero on each side, whether the status agrees), in order."""
-        sides = [self.side(number) for number in (0, 1)]
-        now = [next(side, None) for side in sides]
-        offset = 0
-        while offset < self.size:
-            ends = [status.extent.end for status in now if status is not None]
-            end = min(ends, default=self.size)
-            zero = (
-                now[0] is None or now[0].reads_zero,
-                now[1] is None or now[1].reads_zero,
-            )
-            yield offset, end, zero, self.same(now[0], now[1])
-            offset = end
-            for number, status in enumerate(now):
-                if status is not None and status.extent.end == end:
-                    now[number] = next(sides[number], None)
+        for start, end, one, other in side_by_side(self.side(0), self.side(1), self.size):
+            zero = (one is None or one.reads_zero, other is None or other.reads_zero)
+            yield start, end, zero, self.same(one, other)
 
     def side(self, number: int) -> Iterator[Status]:
         try:

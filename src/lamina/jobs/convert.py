@@ -26,6 +26,7 @@ from lamina.units import KIB, MIB, round_down, round_up
 
 if TYPE_CHECKING:
     from lamina.block.backend import Backend
+    from lamina.block.node import Node
 
 _BATCH = 512 * KIB
 _COMPRESSED_BATCH = 4 * MIB
@@ -33,6 +34,7 @@ _COMPRESSED_BATCH = 4 * MIB
 _MOST_RUNS = 512
 """Runs in one batch."""
 _GRANULE = 4096
+_PLACE = 2 * MIB
 
 
 @dataclass
@@ -42,18 +44,22 @@ class Settings:
     compressed: bool = False
     target_is_zero: bool = False
     """The target reads as zeroes before the first write."""
-    over_backing: bool = False
-    """The target's backing file has the content of the source's: copy only what the source's top
-    layer holds."""
+    base: Node | None = None
+    """A layer of the source's chain whose content the target has already, by its own backing file
+    or because it is that layer: copy only what the layers above hold."""
     zero_from: int = 0
     """Where the backing file of a new target ends: bytes behind it are zeroes already."""
+    look_for_zeroes: bool = True
+    """Otherwise only what the sources know to be zero is treated as such."""
     copy_range: bool = False
-    """Let the storage copy by itself where it can; no zeroes are looked for."""
+    """Let the storage copy by itself where it can."""
     out_of_order: bool = False
     """The target may be written in any order, several writes at once."""
     workers: int = 8
     rate: int = 0
     """Bytes a second; 0: as fast as can be."""
+    name_place: bool = True
+    """Begin the sentence of an error with what was being done, and where."""
     salvage: bool = False
     """What cannot be read becomes zeroes, and a warning."""
     progress: Callable[[float], None] = lambda done: None
@@ -78,7 +84,7 @@ class Run(NamedTuple):
 class Batch:
     """Runs that are read and written together, and the buffer they pass through."""
 
-    __slots__ = ("buffer", "length", "runs", "view", "writes", "zeroes")
+    __slots__ = ("buffer", "length", "place", "runs", "view", "writes", "zeroes")
 
     def __init__(self, size: int) -> None:
         self.buffer = bytearray(size)
@@ -87,6 +93,8 @@ class Batch:
 
     def clear(self) -> None:
         self.runs: list[Run] = []
+        self.place = -1
+        """What errors name: the last multiple of 2 MiB from the start of the first run."""
         self.length = 0
         self.writes: list[tuple[int, memoryview]] = []
         self.zeroes: list[tuple[int, int]] = []
@@ -94,8 +102,7 @@ class Batch:
 
 
 def convert(disks: list[Backend], target: Backend, settings: Settings) -> None:
-    """Copy everything. The target is large enough. Raises what reading and writing raise, their
-    sentences begun with ``error while reading at byte …``."""
+    """Copy everything. The target is large enough. Raises what reading and writing raise."""
     if settings.compressed and not target.node.supports_compressed_writes:
         raise UsageError("Compression not supported for this file format")
     sources = SalvagedSources(disks, settings.warn) if settings.salvage else Sources(disks)
@@ -190,7 +197,7 @@ class Conversion:
     def plan(self) -> Iterator[Run]:
         """What has to be copied or zeroed, in order."""
         zeroes: Run | None = None
-        for status in self.sources.statuses(top_only=self.settings.over_backing):
+        for status in self.sources.statuses(self.settings.base):
             extent = status.extent
             offset, length = extent.guest_offset, extent.length
             if status.reads_zero and self.settings.sparse_size:
@@ -203,7 +210,7 @@ class Conversion:
                 if zeroes is not None:
                     yield zeroes
                 zeroes = Run(offset, length, True)
-            elif extent.kind != Kind.BELOW or not self.settings.over_backing:
+            elif extent.kind != Kind.BELOW or self.settings.base is None:
                 if zeroes is not None:
                     yield zeroes
                     zeroes = None
@@ -232,6 +239,8 @@ class Conversion:
                 take = length
                 if not run.zero:
                     take = min(length, self.room(batch, offset))
+                if batch.place < 0:
+                    batch.place = run.offset + round_down(offset - run.offset, _PLACE)
                 batch.runs.append(Run(offset, take, run.zero))
                 if not run.zero:
                     batch.length += take
@@ -287,9 +296,7 @@ class Conversion:
             try:
                 self.sources.readv(requests)
             except LaminaError as error:
-                raise error.in_context(
-                    f"error while reading at byte {requests[0][0]}: "
-                ) from None
+                raise self.explained(error, "reading", batch) from None
         position = 0
         for run in batch.runs:
             if run.zero:
@@ -304,7 +311,7 @@ class Conversion:
         end = position + run.length
         if self.settings.compressed:
             zeroes = self._zero_units(batch.buffer, position, end)
-        elif self.settings.sparse_size == 0 or self.settings.copy_range:
+        elif self.settings.sparse_size == 0 or not self.settings.look_for_zeroes:
             zeroes = []
         else:
             zeroes = zero_runs(
@@ -327,10 +334,8 @@ class Conversion:
         ]
 
     def write(self, batch: Batch) -> None:
-        offset = 0
         try:
             if batch.writes:
-                offset = batch.writes[0][0]
                 if self.settings.compressed:
                     self.target.write_compressed(batch.writes)
                 else:
@@ -338,8 +343,13 @@ class Conversion:
             for offset, length in batch.zeroes:
                 self.target.write_zeroes(offset, length, WriteFlags.MAY_UNMAP)
         except LaminaError as error:
-            raise error.in_context(f"error while writing at byte {offset}: ") from None
+            raise self.explained(error, "writing", batch) from None
         self.hold_back(batch.length)
+
+    def explained(self, error: LaminaError, doing: str, batch: Batch) -> LaminaError:
+        if not self.settings.name_place:
+            return error
+        return error.in_context(f"error while {doing} at byte {batch.place}: ")
 
     def position(self, batch: Batch) -> float:
         return batch.runs[-1].end / self.sources.size

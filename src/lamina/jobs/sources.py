@@ -41,13 +41,12 @@ class Sources:
                 self.disks[number].readv([(offset - self.starts[number], buffer[:take])])
                 offset, buffer = offset + take, buffer[take:]
 
-    def statuses(self, *, top_only: bool = False) -> Iterator[Status]:
-        """Of everything, in order. ``top_only``: do not ask the backing file of the (one) disk.
+    def statuses(self, base: Node | None = None) -> Iterator[Status]:
+        """Of everything, in order, down to ``base`` as in ``chain_extents``.
 
         The extents' ``guest_offset`` counts from the first disk.
         """
         for start, disk in zip(self.starts, self.disks, strict=False):
-            base = disk.node.unfiltered.backing if top_only else None
             offset, step = 0, _LOOK_AHEAD
             while offset < disk.size:
                 length = min(step, disk.size - offset)
@@ -68,3 +67,23 @@ class Sources:
     ) -> Sequence[Status] | Iterator[Status]:
         """What ``statuses`` asks, once for each stretch."""
         return chain_extents(node, offset, length, base)
+
+
+def side_by_side(
+    one: Iterator[Status], other: Iterator[Status], size: int
+) -> Iterator[tuple[int, int, Status | None, Status | None]]:
+    """(start, end, status of each) of ranges on which both are of one kind, up to ``size``.
+
+    None: that side has ended.
+    """
+    sides = (one, other)
+    now = [next(one, None), next(other, None)]
+    offset = 0
+    while offset < size:
+        end = min((status.extent.end for status in now if status is not None), default=size)
+        end = min(end, size)
+        yield offset, end, now[0], now[1]
+        offset = end
+        for number, status in enumerate(now):
+            if status is not None and status.extent.end == end:
+                now[number] = next(sides[number], None)

@@ -60,6 +60,7 @@ def test_any_disk_onto_a_dirty_one(seed: int, unit: int) -> None:
         workers=chance.choice((1, 8)),
         out_of_order=chance.random() < 0.5,
         copy_range=chance.random() < 0.2,
+        look_for_zeroes=chance.random() < 0.8,
         salvage=chance.random() < 0.2,
     )
     convert([backend(source)], backend(target), settings)
@@ -108,7 +109,7 @@ def test_over_a_backing_file_only_the_top_layer_is_copied() -> None:
     source.fill(64 * K, b"s" * 64 * K)
     source.zero(128 * K, 64 * K)
     target = MemoryDisk(512 * K, backing=base)
-    settings = Settings(over_backing=True, zero_from=256 * K)
+    settings = Settings(base=base, zero_from=256 * K)
     convert([backend(source)], backend(target), settings)
     assert target.content() == source.content()
     assert target.writes == [(64 * K, 64 * K), (128 * K, 64 * K)]
@@ -121,7 +122,7 @@ def test_an_overlay_onto_a_larger_backing_file_ends_in_zeroes() -> None:
         base.fill(0, b"b" * base.size)
     source = MemoryDisk(512 * K, backing=small)
     target = MemoryDisk(512 * K, backing=large)
-    settings = Settings(over_backing=True, zero_from=large.size)
+    settings = Settings(base=small, zero_from=large.size)
     convert([backend(source)], backend(target), settings)
     assert target.content() == source.content()
     assert target.writes == [(64 * K, 192 * K)]
@@ -161,13 +162,13 @@ def test_errors_name_the_place_and_leave_no_threads(out_of_order: bool) -> None:
     source = MemoryDisk(4096 * K)
     source.fill(0, b"x" * source.size)
     target = MemoryDisk(source.size)
-    source.fail_read_at = 1536 * K
+    source.fail_read_at = 2048 * K + 5
     settings = Settings(target_is_zero=True, out_of_order=out_of_order)
-    with pytest.raises(LaminaError, match="error while reading at byte 1572864: Input/output"):
+    with pytest.raises(LaminaError, match="error while reading at byte 2097152: Input/output"):
         convert([backend(source)], backend(target), settings)
     source.fail_read_at = None
     target.fail_write_at = 1024 * K + 1
-    with pytest.raises(LaminaError, match="error while writing at byte 1048576: No space left"):
+    with pytest.raises(LaminaError, match="error while writing at byte 0: No space left"):
         convert([backend(source)], backend(target), settings)
     assert threading.active_count() == 1
 
