@@ -13,12 +13,12 @@ SOURCE = Path(lamina.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "units"},
+    {"errors", "units", "records"},
     {"codecs", "ciphers", "wire"},
     {"block"},
     {"engine"},
     {"protocols", "formats", "filters", "vfat"},
-    {"jobs", "exports", "__init__"},
+    {"jobs", "exports", "__init__", "image"},
     {"tools"},
 ]
 DRIVERS = {"protocols", "formats", "filters", "vfat"}

@@ -34,33 +34,15 @@ def is_json(filename: str) -> bool:
 
 def parse_json(filename: str) -> dict[str, Any]:
     """The options in a ``json:{…}`` name, flattened to dotted keys. Raises UsageError."""
-    import json
+    from lamina.block.jsontext import parse
 
-    text = filename.removeprefix("json:")
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"Could not parse the JSON options: JSON parse error, {_json_trouble(text, error)}"
-        ) from None
+        value = parse(filename.removeprefix("json:"))
+    except UsageError as error:
+        raise error.in_context("Could not parse the JSON options: ") from None
     if not isinstance(value, dict):
         raise UsageError("Invalid JSON object given")
     return flatten(value)
-
-
-def _json_trouble(text: str, error: Exception) -> str:
-    """What QEMU's parser says of the commonest mistake, a bare word; else what ours says."""
-    position = getattr(error, "pos", None)
-    if position is None:
-        return "too deeply nested"
-    word = ""
-    for letter in text[position:]:
-        if not (letter.isascii() and letter.isalpha()):
-            break
-        word += letter
-    if word and word not in ("true", "false", "null"):
-        return f"invalid keyword '{word}'"
-    return str(error).partition(":")[0].lower()
 
 
 def protocol_options(filename: str) -> dict[str, Any]:
@@ -177,4 +159,4 @@ def json_filename(options: Mapping[str, Any]) -> str:
     """``json:{…}`` for a graph that no plain name describes. Dotted keys become objects."""
     import json
 
-    return "json:" + json.dumps(nest(options))
+    return "json:" + json.dumps(nest(options), ensure_ascii=False)

@@ -66,25 +66,27 @@ def _split_commas(text: str) -> list[str]:
 def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
     """Nested objects and lists as dotted keys: ``{"a": {"b": [1]}}`` is ``{"a.b.0": 1}``.
 
-    Empty objects and lists vanish; ``None`` stays. Raises UsageError if a key is given both ways.
+    An empty object or list stays as it is; what is given in both ways counts as nested.
     """
     flat: dict[str, Any] = {}
-
-    def put(key: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                put(f"{key}.{name}", inner)
-        elif isinstance(value, list | tuple):
-            for number, inner in enumerate(value):
-                put(f"{key}.{number}", inner)
-        elif key in flat:
-            raise UsageError(f"Option '{key}' is given twice")
+    # No recursion: the depth is up to whoever wrote the options.
+    waiting = [("", iter(options.items()))]
+    nested: dict[str, Any] = {}
+    while waiting:
+        prefix, items = waiting[-1]
+        for key, value in items:
+            inner = None
+            if isinstance(value, Mapping) and value:
+                inner = iter(value.items())
+            elif isinstance(value, list | tuple) and value:
+                inner = iter([(str(number), item) for number, item in enumerate(value)])
+            if inner is not None:
+                waiting.append((f"{prefix}{key}.", inner))
+                break
+            (nested if prefix else flat)[f"{prefix}{key}"] = value
         else:
-            flat[key] = value
-
-    for key, value in options.items():
-        put(key, value)
-    return flat
+            waiting.pop()
+    return {**flat, **nested}
 
 
 def subset(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:

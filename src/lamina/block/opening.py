@@ -324,6 +324,8 @@ class Context:
         if self._driver.supports_backing and self._opener.inspect:
             self._rest.pop("backing", None)
         for key in self._rest:
+            if key.startswith("backing.") and not self._opener.inspect:
+                raise UsageError("Driver doesn't support backing files", field=key)
             if registry.is_protocol(self._driver.name):
                 text = f"Block protocol '{self._driver.name}' doesn't support the option '{key}'"
             else:

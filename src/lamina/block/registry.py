@@ -22,7 +22,6 @@ _FORMATS = {
 
 _PROTOCOLS = {
     "file": "lamina.protocols.file:DRIVER",
-    "host_device": "lamina.protocols.host_device:DRIVER",
     "null-aio": "lamina.protocols.null:AIO_DRIVER",
     "null-co": "lamina.protocols.null:DRIVER",
 }
@@ -35,7 +34,6 @@ _FILTERS = {
 _PREFIXES = {
     "blkdebug": "blkdebug",
     "file": "file",
-    "host_device": "host_device",
     "null-aio": "null-aio",
     "null-co": "null-co",
 }
