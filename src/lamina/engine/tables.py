@@ -9,7 +9,7 @@ those parts when their stage is written. Tables that hold unwritten changes are 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import DirtyWrite, Metadata, Stage
@@ -57,6 +57,8 @@ class TableCache:
         """Stage -> host offset -> changed grains, as the bits of a number."""
         self._dirty_grains = 0
         self._unsettled: list[tuple[int, Stage, dict[int, int]]] = []
+        self.find: Callable[[int], bytearray | None] = self._tables.get
+        """The table at a host offset if it is cached. For hot paths: it does not count as use."""
         metadata.register(self)
 
     # -- tables ----------------------------------------------------------------------------------
@@ -70,6 +72,13 @@ class TableCache:
         if table is None:
             return self._load([(host_offset, length or self.table_bytes)])
         self._tables.move_to_end(host_offset)
+        return table
+
+    def find(self, host_offset: int) -> bytearray | None:
+        """The table at ``host_offset`` if it is at hand."""
+        table = self._tables.get(host_offset)
+        if table is not None:
+            self._tables.move_to_end(host_offset)
         return table
 
     def prefetch(self, host_offsets: Iterable[int]) -> None:
