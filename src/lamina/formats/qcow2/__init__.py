@@ -1,0 +1,75 @@
+"""qcow2, versions 2 and 3: growable images with backing files, compression and snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lamina.block.driver import CheckResult, Driver, Fix, Measurement
+from lamina.formats.qcow2.options import CreateOptions as Qcow2CreateOptions
+from lamina.formats.qcow2.options import Options as Qcow2Options
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+
+class Qcow2Driver(Driver):
+    name = "qcow2"
+    Options = Qcow2Options
+    CreateOptions = Qcow2CreateOptions
+    is_format = True
+    supports_backing = True
+    strong_options = ("data-file", "encrypt.format", "encrypt.key-secret")
+
+    def open(self, options: Qcow2Options, context: OpenContext) -> Node:
+        from lamina.formats.qcow2.opening import open_disk
+
+        return open_disk(options, context)
+
+    def create(self, options: Qcow2CreateOptions, file: Node, context: CreateContext) -> None:
+        from lamina.formats.qcow2.create import create
+
+        create(options, file)
+
+    def measure(
+        self, options: Qcow2CreateOptions, source: Node | None, context: CreateContext
+    ) -> Measurement:
+        from lamina.formats.qcow2.measure import measure
+
+        return measure(options, source)
+
+    def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
+        from lamina.formats.qcow2.check import check
+
+        with _exclusive(node) as mapping:
+            return check(mapping, fix, report)
+
+    def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        from lamina.formats.qcow2.header import change_backing_file
+
+        with _exclusive(node) as mapping:
+            change_backing_file(mapping, filename, format)
+
+    def make_empty(self, node: Node) -> None:
+        from lamina.formats.qcow2.empty import make_empty
+
+        with _exclusive(node) as mapping:
+            make_empty(mapping)
+
+
+@contextmanager
+def _exclusive(node: Node) -> Iterator[Qcow2Mapping]:
+    """The mapping of an open image, while nobody else changes it."""
+    from lamina.engine.disk import Disk
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+    assert isinstance(node, Disk)
+    assert isinstance(node.mapping, Qcow2Mapping)
+    with node.exclusive():
+        yield node.mapping
+
+
+DRIVER = Qcow2Driver()

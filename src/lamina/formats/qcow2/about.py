@@ -1,0 +1,172 @@
+"""What ``info`` says about a qcow2 image, from its header alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lamina.block.extents import Columns, Extent
+from lamina.block.filenames import full_backing_filename
+from lamina.block.info import NodeInfo
+from lamina.engine.mapping import Mapping, Reservation
+from lamina.engine.metadata import Metadata
+from lamina.errors import ImageUnsupported
+from lamina.formats.qcow2.layout import (
+    AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_RAW_DATA_FILE,
+    BITMAP_AUTO,
+    BITMAP_IN_USE,
+    COMPAT_LAZY_REFCOUNTS,
+    CRYPT_AES,
+    CRYPT_LUKS,
+    CRYPT_NONE,
+    INCOMPAT_CORRUPT,
+    INCOMPAT_DATA_FILE,
+    INCOMPAT_DIRTY,
+    Header,
+    Snapshot,
+    check_bitmap,
+    parse_bitmap_directory,
+)
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+    from lamina.engine.disk import Disk
+
+
+def describe(
+    node: Node, header: Header, snapshots: Sequence[Snapshot], bitmaps: list[dict[str, Any]]
+) -> NodeInfo:
+    """``bitmaps``: as ``list_bitmaps`` returned them."""
+    from lamina.formats.qcow2.snapshots import snapshot_info
+
+    name = header.backing_file
+    return NodeInfo(
+        node.filename,
+        "qcow2",
+        header.size,
+        cluster_size=header.cluster_size,
+        encrypted=header.crypt_method != CRYPT_NONE,
+        dirty=bool(header.incompatible_features & INCOMPAT_DIRTY),
+        backing_filename=name,
+        full_backing_filename=full_backing_filename(node, name) if name else None,
+        backing_format=header.backing_format,
+        snapshots=[snapshot_info(snapshot) for snapshot in snapshots],
+        specific=_specific(header, bitmaps),
+    )
+
+
+def _specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
+    if header.version < 3:
+        return {
+            "compat": "0.10",
+            "compression-type": header.compression_name,
+            "refcount-bits": header.refcount_bits,
+            **_encryption(header),
+        }
+    about: dict[str, Any] = {
+        "compat": "1.1",
+        "compression-type": header.compression_name,
+        "lazy-refcounts": bool(header.compatible_features & COMPAT_LAZY_REFCOUNTS),
+    }
+    if bitmaps:
+        about["bitmaps"] = bitmaps
+    about["refcount-bits"] = header.refcount_bits
+    if header.incompatible_features & INCOMPAT_DATA_FILE:
+        if header.data_file is not None:
+            about["data-file"] = header.data_file
+        about["data-file-raw"] = bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
+    return {
+        **about,
+        **_encryption(header),
+        "corrupt": bool(header.incompatible_features & INCOMPAT_CORRUPT),
+        "extended-l2": header.extended_l2,
+    }
+
+
+def _encryption(header: Header) -> dict[str, Any]:
+    formats = {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}
+    if header.crypt_method in formats:
+        return {"encrypt": {"format": formats[header.crypt_method]}}
+    return {}
+
+
+def list_bitmaps(
+    file: Node, header: Header, warn: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The persistent bitmaps, in QEMU's words. Raises ImageCorrupt."""
+    extension = header.bitmaps
+    if extension is None:
+        return []
+    if not header.autoclear_features & AUTOCLEAR_BITMAPS:
+        if header.version >= 3:
+            warn(
+                "a program lacking bitmap support modified this file, so all bitmaps are now "
+                "considered inconsistent"
+                "\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+            )
+        return []
+    size = extension.directory_size
+    directory = file.read(
+        extension.directory_offset, min(size, max(file.size - extension.directory_offset, 0))
+    ).ljust(size, b"\0")
+    entries = parse_bitmap_directory(directory, extension.count)
+    found = []
+    for index, entry in enumerate(entries):
+        check_bitmap(entry, index, header)
+        flags = []
+        if entry.flags & BITMAP_IN_USE:
+            flags.append("in-use")
+        if entry.flags & BITMAP_AUTO:
+            flags.append("auto")
+        found.append({"flags": flags, "name": entry.name, "granularity": entry.granularity})
+    return found
+
+
+def unsupported_reason(header: Header) -> str | None:
+    """Why the data of an image cannot be reached, although its header is well-formed."""
+    if header.crypt_method == CRYPT_AES:
+        return "qcow2 images encrypted with 'aes' are not supported"
+    if header.crypt_method == CRYPT_LUKS:
+        return "qcow2 images encrypted with 'luks' are not supported"
+    if header.incompatible_features & INCOMPAT_DATA_FILE:
+        return "qcow2 images with an external data file are not supported"
+    if header.extended_l2:
+        return "qcow2 images with extended L2 entries are not supported"
+    return None
+
+
+class Inspected(Mapping):
+    """An image of which only the header is looked at: no table is read, no data reached."""
+
+    driver = "qcow2"
+
+    def __init__(
+        self,
+        disk: Disk,
+        header: Header,
+        snapshots: Sequence[Snapshot],
+        bitmaps: list[dict[str, Any]],
+    ) -> None:
+        self.disk = disk
+        self.header = header
+        self.snapshots = snapshots
+        self.bitmaps = bitmaps
+        self.size = header.size
+        self.unit = header.cluster_size
+        self.metadata = Metadata(disk.file)
+
+    def info(self) -> NodeInfo:
+        return describe(self.disk, self.header, self.snapshots, self.bitmaps)
+
+    def _refuse(self) -> NoReturn:
+        raise ImageUnsupported("The image was opened for its metadata only")
+
+    def resolve(self, offset: int, length: int) -> list[Extent]:
+        self._refuse()
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        self._refuse()
+
+    def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
+        self._refuse()

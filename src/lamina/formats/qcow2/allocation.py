@@ -1,0 +1,424 @@
+"""Taking and giving back host clusters.
+
+Space is searched from the front. Runs are contiguous, so that sequential guest data becomes
+sequential in the file; a search never reads more than the refcount blocks on its way. Where a block
+is missing, all clusters that it would count are free, and the new block takes the first of them:
+it counts itself.
+
+What was never published is given back at once (``cancel``); what tables named until now is given
+back when no table on disk names it any more (``free_later``).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from lamina.engine.metadata import Metadata, Stage
+from lamina.errors import LaminaError, StorageError
+from lamina.formats.qcow2.layout import MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE
+from lamina.formats.qcow2.refcounts import to_big_endian
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+    from lamina.engine.tables import TableCache
+    from lamina.formats.qcow2.corruption import Corruption
+    from lamina.formats.qcow2.layout import Header
+    from lamina.formats.qcow2.options import Options
+    from lamina.formats.qcow2.overlap import Overlap
+    from lamina.formats.qcow2.refcounts import Refcounts
+
+
+class Cause(enum.Enum):
+    """Why space is given back: decides whether the file is told to discard it."""
+
+    REQUEST = "request"
+    SNAPSHOT = "snapshot"
+    OTHER = "other"
+
+
+class Freed(NamedTuple):
+    """A run of host clusters that lost one reference each."""
+
+    first: int
+    clusters: int
+    cause: Cause = Cause.OTHER
+
+
+class Allocator:
+    def __init__(
+        self,
+        file: Node,
+        header: Header,
+        metadata: Metadata,
+        refcounts: Refcounts,
+        overlap: Overlap,
+        corruption: Corruption,
+    ) -> None:
+        self.file = file
+        self.header = header
+        self.metadata = metadata
+        self.refcounts = refcounts
+        self.overlap = overlap
+        self.corruption = corruption
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.pass_discard: frozenset[Cause] = frozenset()
+        self.l2_cache: TableCache | None = None
+        """Told when clusters stop being tables."""
+        self._hint = 0
+        """No cluster before this one is free, as far as is known."""
+        self._run_hint = 0
+        """Where searches for several clusters start: behind gaps that were too small."""
+        self._byte_cursor = 0
+        """Host offset behind the latest compressed data; 0: none that could go on."""
+
+    def configure(self, options: Options, *, unmap: bool) -> None:
+        request = options.pass_discard_request
+        self.pass_discard = frozenset(
+            cause
+            for cause, wanted in (
+                (Cause.REQUEST, unmap if request is None else request),
+                (Cause.SNAPSHOT, options.pass_discard_snapshot),
+                (Cause.OTHER, options.pass_discard_other),
+            )
+            if wanted
+        )
+
+    @contextmanager
+    def starting_at(self, host_offset: int) -> Iterator[None]:
+        """Allocate from here on, whatever is free before."""
+        hint = self._hint
+        self._hint = self._run_hint = host_offset >> self.cluster_bits
+        try:
+            yield
+        finally:
+            self._hint = min(hint, self._hint)
+
+    def last_used(self) -> int:
+        """The last cluster that is counted. Raises StorageError or ImageCorrupt."""
+        refcounts = self.refcounts
+        for index in range(len(refcounts.table) - 1, -1, -1):
+            block = refcounts.block(index)
+            if block is not None:
+                place = refcounts.width.last_used(block)
+                if place >= 0:
+                    return index * refcounts.per_block + place
+        return 0
+
+    # -- taking ----------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> tuple[int, int]:
+        """(host offset, clusters) of one free run: ``count`` clusters, or less where a new
+        refcount block has to be put in between. They are counted already."""
+        self.file.event("cluster_alloc")
+        first, found = self._search(count)
+        self._take(first, found)
+        if count == 1:
+            self._hint = first + 1
+        self._run_hint = max(first + found, self._hint)
+        return first << self.cluster_bits, found
+
+    def allocate_table(self, count: int, what: str) -> int:
+        """Host offset of ``count`` contiguous clusters for metadata."""
+        self.file.event("cluster_alloc")
+        if count == 1:
+            first, _ = self._search(1)
+            self._hint = first + 1
+        else:
+            first = self._search_exact(count)
+            self._ensure_blocks(first, count)
+        offset = first << self.cluster_bits
+        if not offset:
+            raise self.corruption.found(
+                f"Preventing invalid allocation of {what} at offset 0", structure="refcounts"
+            )
+        self._take(first, count)
+        return offset
+
+    def allocate_bytes(self, length: int) -> int:
+        """Host offset of ``length`` bytes, less than a cluster, for compressed data.
+
+        It goes right behind the compressed data before it where possible; each cluster that it
+        touches counts one reference more.
+        """
+        self.file.event("cluster_alloc_bytes")
+        cluster_size = self.cluster_size
+        cursor = self._byte_cursor
+        used = cursor % cluster_size
+        current = cursor >> self.cluster_bits
+        if used and self.refcounts.get(current) >= self.refcounts.width.maximum:
+            used = 0
+        if used and length <= cluster_size - used:
+            self.refcounts.add(current, 1)
+        else:
+            offset, _ = self.allocate(1)
+            if used and offset >> self.cluster_bits == current + 1:
+                try:
+                    self.refcounts.add(current, 1)
+                except LaminaError:
+                    self.cancel(offset, 1)
+                    raise
+            else:
+                cursor = offset
+        self._byte_cursor = cursor + length
+        return cursor
+
+    def _take(self, first: int, count: int) -> None:
+        if (first + count) << self.cluster_bits > MAX_HOST_OFFSET:
+            raise StorageError.from_errno(errno.EFBIG)
+        if not first:
+            # The header is there: the counts are wrong.
+            raise self.corruption.found(
+                "Preventing invalid allocation of data cluster at offset 0", structure="refcounts"
+            )
+        self.overlap.check(first << self.cluster_bits, count << self.cluster_bits)
+        self.refcounts.add(first, count)
+
+    def _search(self, count: int) -> tuple[int, int]:
+        """(first cluster, clusters) of a free run whose refcount blocks exist."""
+        refcounts = self.refcounts
+        width, per_block = refcounts.width, refcounts.per_block
+        cluster = self._hint if count == 1 else max(self._hint, self._run_hint)
+        start = cluster
+        """Of the free run that ends at ``cluster``."""
+        while True:
+            index, place = divmod(cluster, per_block)
+            block = refcounts.block(index)
+            if block is None:
+                if cluster > start:
+                    return start, cluster - start
+                if index >= len(refcounts.table):
+                    self._grow_table(index, cluster)
+                else:
+                    self._new_block(index, index * per_block)
+                continue
+            if cluster == start:
+                place = width.next_free(block, place)
+                start = cluster = index * per_block + place
+                if place == per_block:
+                    continue
+            end = min(width.next_used(block, place), place + count - (cluster - start))
+            cluster = index * per_block + end
+            if cluster - start == count:
+                return start, count
+            if end < per_block:
+                # In use from here on: this gap was too small.
+                start = cluster
+
+    def _search_exact(self, count: int) -> int:
+        """First cluster of ``count`` free ones in a row; their refcount blocks may be missing."""
+        refcounts = self.refcounts
+        width, per_block = refcounts.width, refcounts.per_block
+        cluster = start = self._hint
+        while cluster - start < count:
+            index, place = divmod(cluster, per_block)
+            if index >= len(refcounts.table):
+                break
+            block = refcounts.block(index)
+            if block is None:
+                cluster += per_block - place
+                continue
+            if cluster == start:
+                place = width.next_free(block, place)
+                start = cluster = index * per_block + place
+                if place == per_block:
+                    continue
+            end = width.next_used(block, place)
+            cluster = index * per_block + end
+            if end < per_block and cluster - start < count:
+                start = cluster
+        return start
+
+    # -- refcount blocks and the refcount table --------------------------------------------------
+
+    def _ensure_blocks(self, first: int, count: int) -> None:
+        """Make the refcount blocks of a free run, outside of the run."""
+        per_block = self.refcounts.per_block
+        behind = first + count
+        for index in range(first // per_block, (behind - 1) // per_block + 1):
+            if not self.refcounts.block_offset(index):
+                self._grow_table(index, behind)
+                behind = self._free_behind(behind)
+            if not self.refcounts.block_offset(index):
+                self._new_block(index, behind)
+
+    def _free_behind(self, cluster: int) -> int:
+        """The first free cluster from ``cluster`` on; the block that counts it exists then."""
+        refcounts = self.refcounts
+        per_block = refcounts.per_block
+        while True:
+            index, place = divmod(cluster, per_block)
+            self._grow_table(index, cluster)
+            block = refcounts.block(index)
+            if block is None:
+                self._new_block(index, cluster)
+                continue
+            place = refcounts.width.next_free(block, place)
+            cluster = index * per_block + place
+            if place < per_block:
+                return cluster
+
+    def _new_block(self, index: int, cluster: int) -> None:
+        """Put the refcount block ``index`` at ``cluster``, which it counts itself or whose count
+        another block keeps."""
+        self.file.event("refblock_alloc")
+        offset = cluster << self.cluster_bits
+        if not offset:
+            raise self.corruption.found(
+                "Preventing invalid allocation of refcount block at offset 0",
+                structure="refcount table",
+            )
+        self.overlap.check(offset, self.cluster_size)
+        self.file.event("refblock_alloc_write")
+        self._publish_block(index, offset)
+        self.refcounts.add(cluster, 1)
+
+    def _publish_block(self, index: int, offset: int) -> None:
+        refcounts = self.refcounts
+        refcounts.cache.new(offset)
+        refcounts.table[index] = offset
+        self.overlap.add_refcount_block(offset)
+        self.metadata.put(
+            Stage.COUNT_ROOTS,
+            self.header.refcount_table_offset + index * 8,
+            offset.to_bytes(8, "big"),
+            event="refblock_alloc_hookup",
+        )
+
+    def _grow_table(self, index: int, behind: int) -> None:
+        """Make the refcount table long enough for block ``index``.
+
+        The new table and the blocks that count it come to lie together, behind everything that the
+        old table could count and not before the cluster ``behind``.
+        """
+        refcounts, header = self.refcounts, self.header
+        old = refcounts.table
+        if index < len(old):
+            return
+        self.file.event("reftable_grow")
+        per_block = refcounts.per_block
+        per_cluster = self.cluster_size // 8
+        start = max(len(old) * per_block, behind)
+        entries = max(index + 1, len(old) * 3 // 2)
+        while True:
+            table_clusters = -(-entries // per_cluster)
+            blocks = 1
+            while blocks < self._blocks_touched(start, table_clusters + blocks):
+                blocks += 1
+            last = (start + table_clusters + blocks - 1) // per_block
+            if last < table_clusters * per_cluster:
+                break
+            entries = last + 1
+        if table_clusters << self.cluster_bits > MAX_REFCOUNT_TABLE:
+            raise StorageError.from_errno(errno.EFBIG)
+        table = array("Q", old)
+        table.extend([0] * (table_clusters * per_cluster - len(old)))
+        old_offset, old_clusters = header.refcount_table_offset, header.refcount_table_clusters
+        table_offset = (start + blocks) << self.cluster_bits
+        self.overlap.check(
+            start << self.cluster_bits, (blocks + table_clusters) << self.cluster_bits
+        )
+        refcounts.table = table
+        header.refcount_table_offset = table_offset
+        header.refcount_table_clusters = table_clusters
+        self.overlap.add_refcount_table()
+        self.file.event("refblock_alloc_write_blocks")
+        for number in range(blocks):
+            offset = (start + number) << self.cluster_bits
+            refcounts.cache.new(offset)
+            table[start // per_block + number] = offset
+            self.overlap.add_refcount_block(offset)
+        refcounts.add(start, blocks + table_clusters)
+        # Entries that were on their way into the old table are part of the new one.
+        self.metadata.forget(old_offset, old_clusters << self.cluster_bits)
+        self.metadata.put(
+            Stage.COUNTS, table_offset, to_big_endian(table), event="refblock_alloc_write_table"
+        )
+        self.metadata.put(
+            Stage.COUNT_ROOTS,
+            48,
+            table_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big"),
+            event="refblock_alloc_switch_table",
+        )
+        self.free_later([Freed(old_offset >> self.cluster_bits, old_clusters)])
+
+    def _blocks_touched(self, first: int, count: int) -> int:
+        per_block = self.refcounts.per_block
+        return (first + count - 1) // per_block - first // per_block + 1
+
+    # -- giving back -----------------------------------------------------------------------------
+
+    def cancel(self, host_offset: int, count: int) -> None:
+        """Give back clusters that nothing ever named. Never raises."""
+        self._drop(host_offset >> self.cluster_bits, count, Cause.OTHER, Stage.COUNTS)
+
+    def cancel_bytes(self, host_offset: int, length: int) -> None:
+        """Give back what ``allocate_bytes`` took. Never raises."""
+        first = host_offset >> self.cluster_bits
+        last = (host_offset + length - 1) >> self.cluster_bits
+        self._drop(first, last - first + 1, Cause.OTHER, Stage.COUNTS)
+
+    def free_later(self, runs: Sequence[Freed]) -> None:
+        """Give these clusters back once no table on disk names them and nobody reads them."""
+        if runs:
+            merged = _merge(runs)
+            self.metadata.when_durable(lambda: self._free(merged))
+
+    def _free(self, runs: Sequence[Freed]) -> None:
+        for run in runs:
+            self._drop(run.first, run.clusters, run.cause, Stage.FREES)
+
+    def _drop(self, first: int, count: int, cause: Cause, stage: Stage) -> None:
+        self.file.event("cluster_free")
+        try:
+            free = self.refcounts.drop(first, count, stage)
+        except LaminaError as error:
+            # The clusters stay counted: a leak, which a check finds.
+            self.corruption.warn(f"qcow2_free_clusters failed: {error}")
+            return
+        for start, length in free:
+            self._hint = min(self._hint, start)
+            self._run_hint = min(self._run_hint, start)
+            if start <= self._byte_cursor >> self.cluster_bits < start + length:
+                self._byte_cursor = 0
+            offset = start << self.cluster_bits
+            self.overlap.remove(offset, length << self.cluster_bits)
+            self._forget_tables(start, length)
+            if cause in self.pass_discard:
+                self.discard_below(offset, length << self.cluster_bits)
+
+    def _forget_tables(self, first: int, count: int) -> None:
+        for cluster in range(first, first + count):
+            self.refcounts.cache.drop(cluster << self.cluster_bits)
+        if self.l2_cache is not None:
+            step = self.l2_cache.table_bytes
+            start = first << self.cluster_bits
+            for offset in range(start, start + (count << self.cluster_bits), step):
+                self.l2_cache.drop(offset)
+
+    def discard_below(self, host_offset: int, length: int) -> None:
+        """The file need not keep these bytes. A hint: its failure changes nothing."""
+        length = min(length, self.file.size - host_offset)
+        if length > 0:
+            try:
+                self.file.discard(host_offset, length)
+            except LaminaError:
+                return
+
+
+def _merge(runs: Sequence[Freed]) -> list[Freed]:
+    """Neighbours of the same cause as one run, in the order given."""
+    merged: list[Freed] = []
+    for run in runs:
+        if merged:
+            last = merged[-1]
+            if last.first + last.clusters == run.first and last.cause is run.cause:
+                merged[-1] = Freed(last.first, last.clusters + run.clusters, run.cause)
+                continue
+        merged.append(run)
+    return merged

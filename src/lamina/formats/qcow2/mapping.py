@@ -1,0 +1,360 @@
+"""Where the guest bytes of a qcow2 image are, and how that changes.
+
+This class answers the engine; what it knows is in the parts it is made of: ``l2`` (L1 and L2
+tables), ``refcounts`` and ``allocation`` (host clusters), ``overlap`` and ``corruption`` (guards),
+``writing`` and ``clearing`` (changes), ``header`` and ``resize`` (the image as a whole).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.extents import Extent, Kind
+from lamina.block.info import NodeInfo
+from lamina.block.limits import Preallocation
+from lamina.engine.mapping import Mapping, Reservation
+from lamina.engine.metadata import Metadata
+from lamina.errors import LaminaError, Refused
+from lamina.formats.qcow2.corruption import Corruption
+from lamina.formats.qcow2.l2 import Tables
+from lamina.formats.qcow2.layout import (
+    COMPRESSED,
+    COPIED,
+    INCOMPAT_CORRUPT,
+    OFFSET_MASK,
+    ZERO_FLAG,
+    Header,
+    Snapshot,
+    compressed_extent,
+)
+from lamina.formats.qcow2.options import Options
+from lamina.formats.qcow2.settings import Settings
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node, WriteRequest
+    from lamina.engine.disk import Disk
+    from lamina.formats.qcow2.allocation import Allocator
+    from lamina.formats.qcow2.overlap import Overlap
+    from lamina.formats.qcow2.refcounts import Refcounts
+
+WRITABLE = COPIED | COMPRESSED | ZERO_FLAG
+"""An entry may be written in place if of these bits it has COPIED alone."""
+
+
+class Qcow2Mapping(Mapping):
+    driver = "qcow2"
+
+    def __init__(
+        self,
+        file: Node,
+        header: Header,
+        options: Options,
+        *,
+        settings: Settings | None = None,
+        snapshots: Sequence[Snapshot] = (),
+        bitmaps: Sequence[dict[str, Any]] = (),
+        read_only: bool,
+        unmap: bool = False,
+        disk: Disk | None = None,
+        warn: Callable[[str], None],
+    ) -> None:
+        """``disk``: the node around it; None while an image is created."""
+        self.disk = disk
+        self.file = self.data_node = file
+        self.header = header
+        self.options = options
+        self.settings = settings or Settings(options, header)
+        self.snapshots = list(snapshots)
+        self.bitmaps = list(bitmaps)
+        self.read_only = read_only
+        self.unmap = unmap
+        self.warn = warn
+        self.size = header.size
+        self.unit = self.encoded_unit = header.cluster_size
+        self.codec = header.compression_name
+        self.cluster_bits = header.cluster_bits
+        self.metadata = Metadata(file)
+        self.corruption = Corruption(file, header, warn, read_only=read_only)
+        self._writable_parts: tuple[Refcounts, Allocator] | None = None
+        from lamina.formats.qcow2.overlap import Overlap
+
+        self.overlap: Overlap = Overlap(file, header, self.corruption)
+        self.overlap.watched = self.settings.overlap
+        self.overlap.snapshots = self.snapshots
+        self.tables = Tables(
+            file,
+            header,
+            self.metadata,
+            self.overlap,
+            self.corruption,
+            lambda: self.allocator,
+            cache_bytes=self.settings.l2_cache,
+            slice_bytes=self.settings.l2_slice,
+        )
+        self.overlap.l1 = self.tables.l1
+
+    def backing(self) -> Node | None:
+        """The backing file as it is now: jobs exchange it."""
+        return None if self.disk is None else self.disk.backing
+
+    # -- what writing needs, made when it is first needed ----------------------------------------
+
+    @property
+    def refcounts(self) -> Refcounts:
+        return self._parts()[0]
+
+    @property
+    def allocator(self) -> Allocator:
+        return self._parts()[1]
+
+    def _parts(self) -> tuple[Refcounts, Allocator]:
+        if self._writable_parts is None:
+            from lamina.formats.qcow2.allocation import Allocator
+            from lamina.formats.qcow2.refcounts import Refcounts
+
+            refcounts = Refcounts(
+                self.file,
+                self.header,
+                self.metadata,
+                self.overlap,
+                self.corruption,
+                self.settings.refcount_cache,
+            )
+            self.overlap.refcounts = refcounts
+            allocator = Allocator(
+                self.file,
+                self.header,
+                self.metadata,
+                refcounts,
+                self.overlap,
+                self.corruption,
+            )
+            allocator.configure(self.options, unmap=self.unmap)
+            allocator.l2_cache = self.tables.cache
+            self._writable_parts = refcounts, allocator
+        return self._writable_parts
+
+    @property
+    def vmstate_offset(self) -> int:  # type: ignore[override]
+        """Behind the last guest address that the L2 tables of the disk cover."""
+        per_table = self.header.l2_entries << self.cluster_bits
+        return -(-self.header.size // per_table) * per_table
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
+        return self._locate(requests, COMPRESSED | ZERO_FLAG, 0)
+
+    def locate_for_writing(self, requests: Sequence[WriteRequest]) -> list[int] | None:
+        return self._locate(requests, WRITABLE, COPIED)
+
+    def _locate(
+        self, requests: Sequence[WriteRequest], mask: int, wanted: int
+    ) -> list[int] | None:
+        """Host offsets of requests that lie in one cluster each, whose entry has of the bits of
+        ``mask`` exactly ``wanted``; -1 for others and where the table is not cached."""
+        self.corruption.check()
+        tables = self.tables
+        l1, cached = tables.l1, tables.cache.find
+        l1_size, bits, low = len(l1), self.cluster_bits, self.unit - 1
+        l2_bits, l2_mask = tables.l2_bits, tables.l2_entries - 1
+        slice_bits, slice_bytes = tables.slice_bits, tables.slice_bytes
+        slice_mask = tables.slice_entries - 1
+        places = []
+        for offset, buffer in requests:
+            place = -1
+            cluster = offset >> bits
+            within = offset & low
+            if within + len(buffer) <= low + 1 and cluster >> l2_bits < l1_size:
+                index = cluster & l2_mask
+                table_offset = l1[cluster >> l2_bits] & OFFSET_MASK
+                table = cached(table_offset + (index >> slice_bits) * slice_bytes)
+                if table_offset and table is not None:
+                    start = (index & slice_mask) << 3
+                    entry = int.from_bytes(table[start : start + 8], "big")
+                    if entry & mask == wanted:
+                        host = entry & OFFSET_MASK
+                        if host and not host & low:
+                            place = host + within
+            places.append(place)
+        return places
+
+    def resolve(self, offset: int, length: int) -> list[Extent]:
+        self.corruption.check()
+        bits = self.cluster_bits
+        first = offset >> bits
+        count = ((offset + length - 1) >> bits) - first + 1 if length else 0
+        end = offset + length
+        extents: list[Extent] = []
+        for cluster, kind, host, clusters, entry in self.runs(first, count):
+            start = max(cluster << bits, offset)
+            stop = min((cluster + clusters) << bits, end)
+            if kind is Kind.ENCODED:
+                extents.append(self._encoded(cluster << bits, start, stop, entry))
+                continue
+            if host >= 0:
+                host += start - (cluster << bits)
+            if extents:
+                last = extents[-1]
+                if last.kind is kind and (
+                    host < 0 > last.host_offset
+                    if host < 0
+                    else last.host_offset + last.length == host and last.host_offset >= 0
+                ):
+                    extents[-1] = last._replace(length=last.length + stop - start)
+                    continue
+            node = None if host < 0 else self.data_node
+            extents.append(Extent(start, stop - start, kind, node, host))
+        return extents
+
+    def _encoded(self, unit: int, start: int, stop: int, entry: int) -> Extent:
+        host, stored = compressed_extent(entry, self.cluster_bits)
+        return Extent(
+            start,
+            stop - start,
+            Kind.ENCODED,
+            self.file,
+            host,
+            stored_length=stored,
+            codec=self.codec,
+            unit_offset=unit,
+            unit_length=self.unit,
+        )
+
+    def runs(self, first: int, count: int) -> Iterator[tuple[int, Kind, int, int, int]]:
+        """(guest cluster, kind, host offset or -1, clusters, first entry) of runs of clusters.
+
+        Neighbours may be of one kind all the same. Raises ImageCorrupt.
+        """
+        unit = self.unit
+        for start, part, entries in self.tables.walk(first, count):
+            if entries is None:
+                yield start, Kind.BELOW, -1, part, 0
+                continue
+            cluster = run = start
+            kind, host, opening = Kind.BELOW, -1, 0
+            # The entry that would carry the run on, and what it grows by from cluster to cluster.
+            expected = entries[0] ^ 1
+            step = 0
+            for entry in entries:
+                if entry == expected:
+                    expected += step
+                    cluster += 1
+                    continue
+                if cluster > run:
+                    yield run, kind, host, cluster - run, opening
+                run, opening = cluster, entry
+                kind, host = self.classify(cluster, entry)
+                cluster += 1
+                if kind is Kind.ENCODED:
+                    yield run, kind, host, 1, entry
+                    run = cluster
+                    expected = -1
+                else:
+                    step = unit if host >= 0 else 0
+                    expected = entry + step
+            if cluster > run:
+                yield run, kind, host, cluster - run, opening
+
+    def classify(self, cluster: int, entry: int) -> tuple[Kind, int]:
+        """Kind and host offset (-1: none) of an L2 entry."""
+        if entry & COMPRESSED:
+            return Kind.ENCODED, -1
+        host = entry & OFFSET_MASK
+        if entry & ZERO_FLAG:
+            if self.header.version < 3:
+                raise self._bad_entry("Zero cluster entry found in pre-v3 image", cluster)
+            if not host:
+                return Kind.ZERO, -1
+            if host & (self.unit - 1):
+                raise self._bad_entry(
+                    f"Preallocated zero cluster offset {host:#x} unaligned", cluster
+                )
+            return Kind.ZERO, host
+        if not host:
+            return Kind.BELOW, -1
+        if host & (self.unit - 1):
+            raise self._bad_entry(f"Cluster allocation offset {host:#x} unaligned", cluster)
+        return Kind.DATA, host
+
+    def _bad_entry(self, message: str, cluster: int) -> LaminaError:
+        tables = self.tables
+        table = tables.table_offset(cluster >> tables.l2_bits)
+        index = cluster & (tables.l2_entries - 1)
+        return self.corruption.found(
+            f"{message} (L2 offset: {table:#x}, L2 index: {index:#x})",
+            structure="L2 table",
+            offset=table + index * 8,
+        )
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
+        from lamina.formats.qcow2.writing import reserve
+
+        self.corruption.check()
+        return reserve(self, ranges)
+
+    def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
+        from lamina.formats.qcow2.writing import reserve_encoded
+
+        self.corruption.check()
+        return reserve_encoded(self, units)
+
+    def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        from lamina.formats.qcow2.clearing import zero
+
+        self.corruption.check()
+        return zero(self, offset >> self.cluster_bits, length >> self.cluster_bits, may_unmap)
+
+    def discard(self, offset: int, length: int) -> None:
+        from lamina.formats.qcow2.clearing import discard
+
+        self.corruption.check()
+        discard(self, offset >> self.cluster_bits, length >> self.cluster_bits)
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def truncate(
+        self, size: int, preallocation: Preallocation, *, exact: bool, zeroed: bool
+    ) -> None:
+        from lamina.formats.qcow2.resize import resize
+
+        self.corruption.check()
+        resize(self, size, preallocation)
+
+    def info(self) -> NodeInfo:
+        from lamina.formats.qcow2.about import describe
+
+        return describe(self.disk or self.file, self.header, self.snapshots, self.bitmaps)
+
+    def before_first_write(self) -> None:
+        from lamina.formats.qcow2.header import open_for_changes
+
+        self.corruption.check()
+        open_for_changes(self)
+
+    def flush(self) -> None:
+        if not self.corruption.marked:
+            self.metadata.commit()
+
+    def reopened(self, *, read_only: bool) -> None:
+        if not read_only:
+            self.refuse_if_corrupt()
+        self.read_only = self.corruption.read_only = read_only
+
+    def refuse_if_corrupt(self) -> None:
+        """Raises Refused if the image may only be read."""
+        if self.header.incompatible_features & INCOMPAT_CORRUPT:
+            raise Refused(
+                "qcow2: Image is corrupt; cannot be opened read/write", errno=errno.EACCES
+            )
+
+    def close(self) -> None:
+        from lamina.formats.qcow2.header import close_cleanly
+
+        if not self.corruption.marked:
+            close_cleanly(self)
+

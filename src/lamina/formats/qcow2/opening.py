@@ -1,0 +1,106 @@
+"""Opening an image: the header, what it names, and a repair where the last user crashed."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from lamina.engine.disk import Disk
+from lamina.errors import ImageUnsupported, LaminaError
+from lamina.formats.qcow2.about import Inspected, list_bitmaps, unsupported_reason
+from lamina.formats.qcow2.layout import INCOMPAT_DIRTY, MAX_CLUSTER_BITS, Header, Snapshot
+
+if TYPE_CHECKING:
+    from lamina.block.context import OpenContext
+    from lamina.block.node import Node
+    from lamina.engine.mapping import Mapping
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+    from lamina.formats.qcow2.options import Options
+
+
+def open_disk(options: Options, context: OpenContext) -> Disk:
+    return Disk(context, lambda disk: _load(disk, options, context))
+
+
+def read_header(file: Node, *, check: bool = False) -> Header:
+    """Parse the header of ``file``. Raises ImageCorrupt or ImageUnsupported."""
+    first = file.read(0, min(file.size, 4096))
+    # Extensions and names may fill the first cluster, whose size is in the first bytes.
+    bits = int.from_bytes(first[20:24], "big")
+    if 12 < bits <= MAX_CLUSTER_BITS:
+        first += file.read(len(first), min(file.size, 1 << bits) - len(first))
+    return Header.parse(first, check=check)
+
+
+def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
+    header = read_header(disk.file, check=context.check)
+    from lamina.formats.qcow2.settings import Settings
+
+    settings = Settings(options, header)
+    snapshots = _snapshots(disk.file, header, context)
+    bitmaps = list_bitmaps(disk.file, header, context.warn)
+    reason = unsupported_reason(header)
+    if context.inspect or (context.check and reason is not None):
+        _open_backing(disk, header, context)
+        return Inspected(disk, header, snapshots, bitmaps)
+    if reason is not None:
+        raise ImageUnsupported(reason, format="qcow2", structure="header")
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+    mapping = Qcow2Mapping(
+        disk.file,
+        header,
+        options,
+        settings=settings,
+        snapshots=snapshots,
+        bitmaps=bitmaps,
+        read_only=disk.read_only,
+        unmap=disk.options.unmap,
+        disk=disk,
+        warn=context.warn,
+    )
+    if not disk.read_only and not context.check:
+        mapping.refuse_if_corrupt()
+    _open_backing(disk, header, context)
+    if not disk.read_only and not context.check:
+        _repair_after_crash(mapping)
+    return mapping
+
+
+def _snapshots(file: Node, header: Header, context: OpenContext) -> list[Snapshot]:
+    if not header.nb_snapshots:
+        return []
+    from lamina.formats.qcow2.snapshots import read_snapshots
+
+    try:
+        return read_snapshots(file, header)
+    except LaminaError:
+        if context.check:
+            # The check reads the table again, and says what is wrong with it.
+            return []
+        raise
+
+
+def _open_backing(disk: Disk, header: Header, context: OpenContext) -> None:
+    backing = context.open_named(
+        "backing", header.backing_file or "", driver=header.backing_format, relative_to=disk
+    )
+    if backing is not None:
+        disk.attach("backing", backing)
+
+
+def _repair_after_crash(mapping: Qcow2Mapping) -> None:
+    """The counts of a dirty image are stale: make them right before anything is allocated."""
+    if not mapping.header.incompatible_features & INCOMPAT_DIRTY:
+        return
+    from lamina.block.driver import Fix
+    from lamina.formats.qcow2.check import check
+
+    try:
+        result = check(mapping, Fix(leaks=True, errors=True), mapping.warn)
+    except LaminaError as error:
+        raise error.in_context("Could not repair dirty image: ") from None
+    if result.check_errors or result.corruptions:
+        raise ImageUnsupported(
+            "Could not repair dirty image: Input/output error", errno=errno.EIO
+        )

@@ -1,0 +1,97 @@
+"""Giving guest clusters their places before anybody writes to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lamina.errors import StorageError
+from lamina.formats.qcow2.writing import entry_run
+from lamina.units import round_up
+
+if TYPE_CHECKING:
+    from lamina.formats.qcow2.layout import Header
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+
+def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) -> int:
+    """Map the unallocated clusters between the guest offsets ``start`` and ``end`` to host clusters
+    at ``first_host`` and behind it, where the file holds zeroes; returns where the last one ends.
+
+    Only tables are changed; to make the file long enough is left to the caller.
+    """
+    bits, tables, allocator = mapping.cluster_bits, mapping.tables, mapping.allocator
+    cluster = start >> bits
+    last = -(-end >> bits) if end % mapping.unit == 0 else (end >> bits) + 1
+    host_end = first_host
+    with allocator.starting_at(first_host):
+        while cluster < last:
+            stop = min(((cluster >> tables.l2_bits) + 1) << tables.l2_bits, last)
+            tables.prepare(cluster)
+            while cluster < stop:
+                free = _unallocated(mapping, cluster, stop)
+                if not free:
+                    cluster += 1
+                    continue
+                host, found = allocator.allocate(free)
+                try:
+                    tables.store(cluster, entry_run(host, found, mapping.unit))
+                except BaseException:
+                    allocator.cancel(host, found)
+                    raise
+                host_end = max(host_end, host + found * mapping.unit)
+                cluster += found
+            mapping.metadata.relieve()
+    return host_end
+
+
+def _unallocated(mapping: Qcow2Mapping, first: int, end: int) -> int:
+    """How many clusters from ``first`` on have no place yet."""
+    count = 0
+    for _, part, entries in mapping.tables.walk(first, end - first):
+        if entries is None or not any(entries):
+            count += part
+            continue
+        for entry in entries:
+            if entry:
+                return count
+            count += 1
+    return count
+
+
+def clusters_needed(header: Header, guest_clusters: int, reftable_clusters: int = 1) -> int:
+    """Host clusters of a new image with the header's parameters: header, refcounts, L1 table, L2
+    tables and ``guest_clusters`` data clusters."""
+    unit = header.cluster_size
+    l1 = -(-header.l1_entries_needed * 8 // unit)
+    l2 = -(-guest_clusters // header.l2_entries)
+    return with_refcounts(header, 1 + l1 + l2 + guest_clusters, reftable_clusters)[0]
+
+
+def with_refcounts(
+    header: Header, clusters: int, reftable_clusters: int = 1
+) -> tuple[int, int, int]:
+    """(all clusters, refcount blocks, refcount table clusters) once those are counted that count
+    ``clusters`` others and themselves."""
+    per_block = header.cluster_size * 8 // header.refcount_bits
+    blocks, table = 1, reftable_clusters
+    while True:
+        total = clusters + blocks + table
+        blocks_needed = -(-total // per_block)
+        table_needed = max(table, -(-blocks_needed * 8 // header.cluster_size))
+        if (blocks_needed, table_needed) == (blocks, table):
+            return total, blocks, table
+        blocks, table = max(blocks, blocks_needed), table_needed
+
+
+def extend_file(mapping: Qcow2Mapping, end: int) -> None:
+    """Make the file reach ``end``: what is mapped must be there."""
+    file = mapping.file
+    if file.size < end:
+        file.truncate(end)
+        if file.size < end:
+            raise StorageError("The file could not be extended")
+
+
+def end_of_file(mapping: Qcow2Mapping) -> int:
+    """The first cluster boundary behind everything that was ever written."""
+    return round_up(mapping.file.size, mapping.unit)

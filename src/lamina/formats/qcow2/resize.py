@@ -1,0 +1,191 @@
+"""Changing the size of the guest disk."""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from typing import TYPE_CHECKING
+
+from lamina.block.limits import Preallocation
+from lamina.engine.metadata import Stage
+from lamina.errors import ImageUnsupported, UsageError
+from lamina.formats.qcow2.allocation import Cause, Freed
+from lamina.formats.qcow2.clearing import discard, zero
+from lamina.formats.qcow2.layout import MAX_L1, ZERO_FLAG
+from lamina.formats.qcow2.preallocation import (
+    clusters_needed,
+    end_of_file,
+    extend_file,
+    preallocate,
+)
+from lamina.formats.qcow2.writing import references
+from lamina.units import SECTOR
+
+if TYPE_CHECKING:
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+
+def resize(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> None:
+    """Make the disk ``size`` bytes long. Raises UsageError, ImageUnsupported, StorageError."""
+    header = mapping.header
+    if size % SECTOR:
+        raise UsageError(f"The new size must be a multiple of {SECTOR}")
+    if mapping.snapshots and header.version < 3:
+        raise ImageUnsupported("Can't resize a v2 image which has snapshots")
+    if size < header.size:
+        if preallocation is not Preallocation.OFF:
+            raise UsageError("Preallocation can't be used for shrinking an image")
+        _shrink(mapping, size)
+    else:
+        _grow(mapping, size, preallocation)
+
+
+# -- growing -------------------------------------------------------------------------------------
+
+
+def _grow(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> None:
+    header, tables = mapping.header, mapping.tables
+    old_size = header.size
+    entries = -(-size // (header.l2_entries << header.cluster_bits))
+    if entries * 8 > MAX_L1:
+        raise ImageUnsupported("The image size is too large", errno=errno.EFBIG)
+    tables.grow_l1(entries, exactly=True)
+    _drop_behind(mapping, -(-old_size // mapping.unit), entries)
+    backing = mapping.backing()
+    if backing is not None and backing.size > old_size:
+        # The backing file must not show where the disk had ended.
+        first = -(-old_size // mapping.unit)
+        end = -(-min(size, backing.size) // mapping.unit)
+        if end > first and not zero(mapping, first, end - first, may_unmap=False):
+            raise ImageUnsupported(
+                "Cannot grow a version 2 image that is smaller than its backing file"
+            )
+    _zero_tail(mapping, old_size, size)
+    if preallocation is not Preallocation.OFF:
+        _preallocate(mapping, old_size, size, preallocation)
+    header.size = mapping.size = size
+    mapping.metadata.put(Stage.ROOTS, 24, size.to_bytes(8, "big"))
+    mapping.metadata.commit()
+
+
+def _drop_behind(mapping: Qcow2Mapping, first: int, l1_entries: int) -> None:
+    """Forget what is mapped behind the end of the disk (VM state): it must not become data."""
+    tables = mapping.tables
+    end = l1_entries << tables.l2_bits
+    mapped = any(
+        entries is not None and any(entries) for _, _, entries in tables.walk(first, end - first)
+    )
+    if mapped:
+        unmap(mapping, first, end)
+
+
+def _zero_tail(mapping: Qcow2Mapping, old_size: int, size: int) -> None:
+    """The rest of the last cluster becomes part of the disk: it may hold what was cut off."""
+    within = old_size % mapping.unit
+    disk = mapping.disk
+    if not within or disk is None:
+        return
+    start = old_size - within
+    entry = mapping.tables.entry(start >> mapping.cluster_bits)
+    if not entry or entry & ZERO_FLAG:
+        return
+    length = min(mapping.unit - within, size - old_size)
+    content = bytearray(mapping.unit)
+    disk.reader.read([(start, memoryview(content))])
+    if not any(content[within : within + length]):
+        return
+    content[within:] = bytes(mapping.unit - within)
+    reservation = mapping.reserve([(start, mapping.unit)])
+    try:
+        for piece in reservation.pieces:
+            skip = piece.guest_offset - start
+            data = memoryview(content)[skip : skip + piece.length]
+            piece.node.writev([(piece.host_offset, data)])
+            mapping.metadata.data_written(piece.node)
+    except BaseException:
+        reservation.abort()
+        raise
+    reservation.commit()
+
+
+def _preallocate(
+    mapping: Qcow2Mapping, old_size: int, size: int, preallocation: Preallocation
+) -> None:
+    """Map the new part of the disk to the end of the file, where everything reads as zeroes."""
+    start = end_of_file(mapping)
+    first = -(-old_size // mapping.unit)
+    clusters = -(-size // mapping.unit) - first
+    if clusters <= 0:
+        return
+    if preallocation is not Preallocation.METADATA:
+        # Tables included: they are a little less than what a new image of this size needs.
+        needed = clusters_needed(mapping.header, clusters) * mapping.unit
+        mapping.file.truncate(start + needed, preallocation)
+    end = preallocate(mapping, first * mapping.unit, size, start)
+    mapping.metadata.commit()
+    extend_file(mapping, end)
+
+
+# -- shrinking -----------------------------------------------------------------------------------
+
+
+def _shrink(mapping: Qcow2Mapping, size: int) -> None:
+    header, tables = mapping.header, mapping.tables
+    old_size = header.size
+    # First what the header says, so that a crash never leaves a disk without its end.
+    entries = -(-size // (header.l2_entries << header.cluster_bits))
+    end = max(len(tables.l1) << tables.l2_bits, -(-old_size // mapping.unit))
+    first = -(-size // mapping.unit)
+    header.size = mapping.size = size
+    mapping.metadata.put(Stage.ROOTS, 24, size.to_bytes(8, "big"))
+    mapping.metadata.commit()
+    within_table = min(entries << tables.l2_bits, end)
+    if within_table > first:
+        # The last table that stays: its end is unallocated, or zero above a backing file.
+        discard(mapping, first, within_table - first, Cause.OTHER)
+    _shrink_l1(mapping, entries)
+    mapping.metadata.commit(counts=True)
+    mapping.metadata.barrier()
+    cut_tail(mapping)
+
+
+def _shrink_l1(mapping: Qcow2Mapping, entries: int) -> None:
+    """Give back the L2 tables behind the new end, with everything they name."""
+    tables = mapping.tables
+    mapping.file.event("l1_shrink_write_table")
+    unmap(mapping, entries << tables.l2_bits, len(tables.l1) << tables.l2_bits)
+    mapping.file.event("l1_shrink_free_l2_clusters")
+
+
+def unmap(mapping: Qcow2Mapping, first: int, end: int) -> None:
+    """Make guest clusters unallocated; L2 tables that lie wholly in the range are given back."""
+    tables, bits = mapping.tables, mapping.cluster_bits
+    freed: list[Freed] = []
+    while first < end:
+        l1_index = first >> tables.l2_bits
+        start = l1_index << tables.l2_bits
+        stop = min(start + tables.l2_entries, end)
+        offset = tables.table_offset(l1_index)
+        if offset:
+            whole = first == start and stop == start + tables.l2_entries
+            if not whole:
+                tables.prepare(first)
+            for cluster, part, entries in tables.walk(first, stop - first):
+                assert entries is not None
+                for entry in entries:
+                    freed += references(entry, bits, Cause.OTHER) if entry else ()
+                if not whole:
+                    tables.store(cluster, array("Q", bytes(8 * part)))
+            if whole:
+                tables.unhook(l1_index)
+                freed.append(Freed(offset >> bits, 1))
+        first = stop
+    mapping.allocator.free_later(freed)
+
+
+def cut_tail(mapping: Qcow2Mapping) -> None:
+    """Let the file end with its last cluster in use. A failure costs nothing but space."""
+    last = mapping.allocator.last_used()
+    end = (last + 1) << mapping.cluster_bits
+    if mapping.file.size > end:
+        mapping.file.truncate(end)
