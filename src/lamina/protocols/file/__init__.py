@@ -69,7 +69,7 @@ class FileDriver(Driver):
         """Raises UsageError for what is no regular file, StorageError where the host refuses."""
         from lamina.protocols.file.opening import open_file
 
-        check_options(options, direct=context.node_options.direct)
+        check_options(self.name, options, direct=context.node_options.direct)
         return open_file(options, context.node_options)
 
     def create_file(
@@ -80,10 +80,10 @@ class FileDriver(Driver):
         create_file(filename.removeprefix(PREFIX), options)
 
 
-def check_options(options: FileOptions, *, direct: bool) -> None:
+def check_options(driver: str, options: FileOptions, *, direct: bool) -> None:
     """What can be said against the options before the file is touched. Raises UsageError."""
     if not options.filename:
-        raise UsageError("The 'file' block driver requires a file name")
+        raise UsageError(f"The '{driver}' block driver requires a file name")
     for value, choices in (
         (options.locking, ("auto", "on", "off")),
         (options.aio, ("threads", "native", "io_uring")),

@@ -16,7 +16,7 @@ KEEP_SIZE = 0x01
 PUNCH_HOLE = 0x02
 ZERO_RANGE = 0x10
 
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 _FULL_BLOCK = 64 << 10
 """Bytes that preallocation=full writes at a time."""
 
@@ -27,12 +27,12 @@ def zero(fd: int, offset: int, length: int, file_length: int, *, may_unmap: bool
     Grows the file where the range goes beyond its end. Without ``may_unmap`` the space stays
     (or becomes) allocated. Raises OSError.
     """
-    if may_unmap and _punch(fd, offset, length):
+    if may_unmap and punch(fd, offset, length):
         _reach(fd, offset + length, file_length)
         return True
     if _fallocate(fd, ZERO_RANGE, offset, length):
         return True
-    if not may_unmap and _punch(fd, offset, length):
+    if not may_unmap and punch(fd, offset, length):
         return _fallocate(fd, 0, offset, length)
     if offset >= file_length:
         # Behind the end there is nothing to zero, only to be there.
@@ -43,18 +43,13 @@ def zero(fd: int, offset: int, length: int, file_length: int, *, may_unmap: bool
     return False
 
 
-def discard(fd: int, offset: int, length: int) -> None:
-    """Give the space back where the file system can. Raises OSError."""
-    _punch(fd, offset, length)
-
-
 def _reach(fd: int, end: int, file_length: int) -> None:
     if end > file_length:
         os.ftruncate(fd, end)
 
 
-def _punch(fd: int, offset: int, length: int) -> bool:
-    """False: not supported. Raises OSError."""
+def punch(fd: int, offset: int, length: int) -> bool:
+    """Give the space back; the range reads as zeroes. False: not supported. Raises OSError."""
     if sys.platform == "darwin":
         return _punch_on_macos(fd, offset, length)
     try:
@@ -83,7 +78,7 @@ def _punch_on_macos(fd: int, offset: int, length: int) -> bool:
         # F_PUNCHHOLE takes struct fpunchhole: flags, reserved, offset, length.
         fcntl.fcntl(fd, 99, struct.pack("@IIqq", 0, 0, offset, length))
     except OSError as error:
-        if error.errno in (*_UNSUPPORTED, errno.EINVAL):
+        if error.errno in (*UNSUPPORTED, errno.EINVAL):
             return False
         raise
     return True
@@ -98,7 +93,7 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
         import ctypes
 
         number = ctypes.get_errno()
-        if number in _UNSUPPORTED:
+        if number in UNSUPPORTED:
             return False
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))

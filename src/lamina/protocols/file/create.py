@@ -12,7 +12,6 @@ from lamina.block.limits import Preallocation
 from lamina.block.permissions import Perm
 from lamina.errors import StorageError, UsageError
 from lamina.protocols.file import allocation, locks
-from lamina.protocols.file.opening import not_regular
 
 if TYPE_CHECKING:
     from lamina.protocols.file import FileCreateOptions
@@ -37,7 +36,7 @@ def create_file(path: str, options: FileCreateOptions) -> None:
     fd = _open(path)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise not_regular(path)
+            raise UsageError(f"'file' driver requires '{path}' to be a regular file", path=path)
         if locks.available("auto"):
             locks.FileLocks(fd, path).apply(Perm.WRITE | Perm.RESIZE, Perm.ALL & ~Perm.RESIZE)
         os.ftruncate(fd, 0)

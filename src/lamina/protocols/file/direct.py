@@ -21,6 +21,7 @@ _CANDIDATES = (1, 512, 1024, 2048, 4096)
 _SAFE = 4096
 _BOUNCE = 1 << 20
 """Bytes that go through an aligned buffer at a time."""
+_BLKSSZGET = 0x1268
 _XFS_IOC_DIOINFO = 0x800C581E
 
 
@@ -169,7 +170,7 @@ def address(buffer: bytes | bytearray | memoryview) -> int:
 
 def probe_alignment(fd: int) -> tuple[int, int]:
     """Alignment of requests and of buffers. Raises StorageError where none works."""
-    request_alignment, memory_alignment = _ask_file_system(fd)
+    request_alignment, memory_alignment = _ask_host(fd)
     with aligned_buffer(2 * _SAFE) as buffer:
         if not request_alignment:
             request_alignment = _smallest(one for one in _CANDIDATES if _readable(fd, buffer[:one]))
@@ -200,13 +201,18 @@ def _readable(fd: int, buffer: memoryview) -> bool:
     return True
 
 
-def _ask_file_system(fd: int) -> tuple[int, int]:
-    """XFS tells; (0, 0) elsewhere."""
+def _ask_host(fd: int) -> tuple[int, int]:
+    """Devices tell the alignment of requests, XFS both; 0: nobody knows."""
     if sys.platform != "linux":
         return 0, 0
     import fcntl
     import struct
 
+    try:
+        (sector,) = struct.unpack("@i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
+        return sector, 0
+    except OSError:
+        pass
     try:
         # struct dioattr: memory alignment, smallest and largest transfer.
         memory, smallest, _ = struct.unpack("@III", fcntl.ioctl(fd, _XFS_IOC_DIOINFO, bytes(12)))

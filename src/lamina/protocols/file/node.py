@@ -123,21 +123,12 @@ class FileNode(Node):
                 self._length = max(self._length, end)
 
     def write_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
-        from lamina.protocols.file import allocation
-
-        end = offset + length
         try:
-            done = allocation.zero(
-                self._fd,
-                offset,
-                length,
-                self._length,
-                may_unmap=bool(flags & WriteFlags.MAY_UNMAP),
-            )
+            done = self._zero(offset, length, may_unmap=bool(flags & WriteFlags.MAY_UNMAP))
         except OSError as error:
             raise StorageError.from_os_error(error, path=self.path) from None
         if done:
-            self._changed(end)
+            self._changed(offset + length)
         elif flags & WriteFlags.NO_FALLBACK:
             raise ImageUnsupported("Operation not supported")
         else:
@@ -145,14 +136,24 @@ class FileNode(Node):
         if flags & WriteFlags.FUA:
             self.flush()
 
-    def _discard(self, offset: int, length: int) -> None:
+    def _zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        """Zero without writing; False: the host cannot. Raises OSError."""
         from lamina.protocols.file import allocation
 
+        return allocation.zero(self._fd, offset, length, self._length, may_unmap=may_unmap)
+
+    def _discard(self, offset: int, length: int) -> None:
         try:
-            allocation.discard(self._fd, offset, length)
+            self._give_back(offset, length)
         except OSError as error:
             raise StorageError.from_os_error(error, path=self.path) from None
         self._changed(0)
+
+    def _give_back(self, offset: int, length: int) -> None:
+        """Raises OSError, but not where the host merely cannot."""
+        from lamina.protocols.file import allocation
+
+        allocation.punch(self._fd, offset, length)
 
     def copy_range_from(self, source: Node, source_offset: int, offset: int, length: int) -> int:
         """Copy inside the kernel, possibly by sharing blocks; the bytes that were copied.

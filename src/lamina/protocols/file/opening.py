@@ -1,10 +1,11 @@
-"""From a file name to a node."""
+"""From a file name to a descriptor, and to a node."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError, UsageError
@@ -19,21 +20,10 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def open_file(options: FileOptions, node_options: NodeOptions) -> FileNode:
+    """Raises UsageError for what is no regular file, StorageError where the host refuses."""
     path = options.filename
-    read_only = node_options.read_only
-    # A directory cannot be opened for writing: it has to be told apart before.
-    if os.path.isdir(path):
-        raise not_regular(path)
+    fd, read_only = open_checked(path, node_options, _check_regular)
     try:
-        fd = open_descriptor(path, read_only=read_only, direct=node_options.direct)
-    except StorageError as error:
-        if read_only or not node_options.auto_read_only or error.errno not in _NOT_WRITABLE:
-            raise
-        read_only = True
-        fd = open_descriptor(path, read_only=True, direct=node_options.direct)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise not_regular(path)
         locking = locks.available(options.locking)
         if node_options.direct:
             from lamina.protocols.file.direct import DirectFileNode
@@ -48,14 +38,54 @@ def open_file(options: FileOptions, node_options: NodeOptions) -> FileNode:
     return node
 
 
-def open_descriptor(path: str, *, read_only: bool, direct: bool = False, flags: int = 0) -> int:
-    """Raises StorageError with the sentence that names the file."""
-    flags |= os.O_RDONLY if read_only else os.O_RDWR
+def _check_regular(path: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"'file' driver requires '{path}' to be a regular file", path=path)
+
+
+def open_checked(
+    path: str, node_options: NodeOptions, check: Callable[[str, int], None]
+) -> tuple[int, bool]:
+    """A descriptor, and whether it is for reading only.
+
+    ``check`` raises for a kind of file (``st_mode``) that the caller does not serve; it sees a file
+    before that is opened, because opening a pipe would wait for its other end.
+    """
+    mode = _mode(path)
+    if mode is not None:
+        check(path, mode)
+    read_only = node_options.read_only
+    try:
+        fd = open_descriptor(path, read_only=read_only, direct=node_options.direct)
+    except StorageError as error:
+        if read_only or not node_options.auto_read_only or error.errno not in _NOT_WRITABLE:
+            raise
+        read_only = True
+        fd = open_descriptor(path, read_only=True, direct=node_options.direct)
+    try:
+        check(path, os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, read_only
+
+
+def _mode(path: str) -> int | None:
+    """None: there is nothing, or nothing that can be asked; opening will tell why."""
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+
+
+def open_descriptor(path: str, *, read_only: bool, direct: bool = False) -> int:
+    """Raises StorageError with a sentence that names the file."""
+    flags = os.O_RDONLY if read_only else os.O_RDWR
     flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if direct:
         flags |= getattr(os, "O_DIRECT", 0)
     try:
-        return os.open(path, flags, 0o644)
+        fd = os.open(path, flags)
     except OSError as error:
         number = error.errno or errno.EIO
         reason = os.strerror(number)
@@ -64,7 +94,24 @@ def open_descriptor(path: str, *, read_only: bool, direct: bool = False, flags: 
         raise StorageError(f"Could not open '{path}': {reason}", errno=number, path=path) from None
     except ValueError:  # a NUL byte in the name
         raise UsageError(f"Could not open '{path}': Invalid argument", path=path) from None
+    try:
+        if not read_only:
+            _check_writable_device(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-def not_regular(path: str) -> UsageError:
-    return UsageError(f"'file' driver requires '{path}' to be a regular file", path=path)
+def _check_writable_device(fd: int, path: str) -> None:
+    """Linux lets a device be opened for writing that is not writable. Raises StorageError."""
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return
+    from lamina.protocols.file.device import is_read_only
+
+    if is_read_only(fd):
+        raise StorageError(
+            f"The device is not writable: {os.strerror(errno.EACCES)}",
+            errno=errno.EACCES,
+            path=path,
+        )

@@ -1,0 +1,120 @@
+"""Block and character devices of the host."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import sys
+from typing import TYPE_CHECKING, ClassVar
+
+from lamina.block.extents import Extent, Kind
+from lamina.block.limits import Preallocation
+from lamina.block.node import NodeOptions
+from lamina.errors import UsageError
+from lamina.protocols.file import allocation, locks
+from lamina.protocols.file.direct import DirectFileNode
+from lamina.protocols.file.node import FileNode
+from lamina.protocols.file.opening import open_checked
+
+if TYPE_CHECKING:
+    from lamina.protocols.file import FileOptions
+
+# Of linux/fs.h.
+_BLKROGET = 0x125E
+_BLKDISCARD = 0x1277
+_BLKZEROOUT = 0x127F
+
+
+class DeviceNode(FileNode):
+    """A device has a size that nobody changes, no holes, and its own ways to zero and discard."""
+
+    driver: ClassVar[str] = "host_device"
+
+    def _find_length(self) -> int:
+        if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
+            return 0  # a character device does not tell
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(offset, length, Kind.DATA, self, offset)]
+
+    def _zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        if may_unmap:
+            return allocation.punch(self._fd, offset, length)
+        # Beside the page cache only: what the cache holds of the range would outlive the ioctl.
+        return self.options.direct and self._range_ioctl(_BLKZEROOUT, offset, length)
+
+    def _give_back(self, offset: int, length: int) -> None:
+        self._range_ioctl(_BLKDISCARD, offset, length)
+
+    def _range_ioctl(self, request: int, offset: int, length: int) -> bool:
+        """False: not supported. Raises OSError."""
+        if sys.platform != "linux":
+            return False
+        import fcntl
+
+        try:
+            fcntl.ioctl(self._fd, request, struct.pack("@QQ", offset, length))
+        except OSError as error:
+            if error.errno in allocation.UNSUPPORTED:
+                return False
+            raise
+        return True
+
+    def truncate(
+        self,
+        size: int,
+        preallocation: Preallocation = Preallocation.OFF,
+        *,
+        exact: bool = True,
+        zeroed: bool = False,
+    ) -> None:
+        """Nothing happens, and only where nothing has to. Raises UsageError."""
+        if preallocation is not Preallocation.OFF:
+            raise UsageError(
+                f"Preallocation mode '{preallocation.value}' unsupported for this non-regular file"
+            )
+        self._length = self._find_length()
+        if size != self.size and exact:
+            raise UsageError("Cannot resize device files")
+        if size > self.size:
+            raise UsageError("Cannot grow device files")
+
+
+class DirectDeviceNode(DirectFileNode, DeviceNode):
+    """A device behind O_DIRECT."""
+
+
+def open_device(options: FileOptions, node_options: NodeOptions) -> FileNode:
+    """Raises UsageError for what is no device, StorageError where the host refuses."""
+    path = options.filename
+    fd, read_only = open_checked(path, node_options, _check_device)
+    kind = DirectDeviceNode if node_options.direct else DeviceNode
+    try:
+        node = kind(node_options, fd, path, locking=locks.available(options.locking))
+    except BaseException:
+        os.close(fd)
+        raise
+    node.read_only = read_only
+    return node
+
+
+def _check_device(path: str, mode: int) -> None:
+    if not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode):
+        raise UsageError(
+            f"'host_device' driver requires '{path}' to be either a character or block device",
+            path=path,
+        )
+
+
+def is_read_only(fd: int) -> bool:
+    """Whether a block device refuses writes."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        return bool(struct.unpack("@i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
+    except OSError:
+        return False
