@@ -203,8 +203,7 @@ class Backend:
 
     def _write_specially(self, requests: Sequence[WriteRequest], flags: WriteFlags) -> None:
         if self._guarded:
-            for offset, data in requests:
-                self._check_still_raw(offset, data)
+            self._check_still_raw(requests)
         if self._writethrough:
             flags |= WriteFlags.FUA
         if self._zero_flags is not None:
@@ -225,8 +224,6 @@ class Backend:
         self._check_writable()
         for offset, data in requests:
             self._check_range(offset, len(data))
-            if self._guarded:
-                self._check_still_raw(offset, data)
         self.node.write_compressed(requests)
         if self._writethrough:
             self.node.flush()
@@ -280,15 +277,17 @@ class Backend:
         if offset < 0 or length < 0 or offset + length > self.node.size:
             raise StorageError.from_errno(errno.EIO)
 
-    def _check_still_raw(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Raises Refused if this write made block 0 look like another format."""
+    def _check_still_raw(self, requests: Sequence[WriteRequest]) -> None:
+        """Raises Refused if these writes together made block 0 look like another format."""
         from lamina.block.probing import PROBE_SIZE, probe
 
-        if offset >= PROBE_SIZE or not len(data):
+        if all(offset >= PROBE_SIZE for offset, _ in requests):
             return
         head = bytearray(self.read(0, min(PROBE_SIZE, self.node.size)))
-        part = bytes(memoryview(data)[: len(head) - offset])
-        head[offset : offset + len(part)] = part
+        for offset, data in requests:
+            if offset < len(head):
+                part = bytes(memoryview(data)[: len(head) - offset])
+                head[offset : offset + len(part)] = part
         if probe(bytes(head), self.node.filename) != "raw":
             raise Refused("Operation not permitted")
 

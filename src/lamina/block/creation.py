@@ -125,6 +125,7 @@ class Creation:
         self._with_backing = True
         self._backing: Node | None = None
         self._beside: list[Node] = []
+        self._created: list[str] = []
 
     # -- settling --------------------------------------------------------------------------------
 
@@ -207,7 +208,8 @@ class Creation:
             self._create_content()
         except BaseException:
             if self._format.new_file_size(self.format_options) == 0:
-                _remove_file(self.filename)
+                for filename in (self.filename, *self._created):
+                    _remove_file(filename)
             raise
 
     def _parse(self) -> None:
@@ -238,8 +240,7 @@ class Creation:
             self._format.create(self.format_options, file, self)
             file.flush()
         except StorageError as error:
-            _explain(error, self._format)
-            raise
+            raise _explained(error, self._format) from None
         finally:
             use.detach()
             self._close_others()
@@ -261,6 +262,7 @@ class Creation:
         options: Any
         options, _ = parse(driver.CreateOptions, {SIZE: size})
         driver.create_file(full, options, self)
+        self._created.append(full)
         node = open_node(
             full,
             session=self.session,
@@ -356,17 +358,16 @@ def _text(spec: Spec, value: Any) -> str:
 # -- trouble ---------------------------------------------------------------------------------------
 
 
-def _explain(error: StorageError, driver: Driver) -> None:
-    """Say what a bare errno means here."""
-    if error.message != os.strerror(error.errno):
-        return
-    if error.errno == errno.EFBIG:
-        hint = ""
-        if _supports(driver, "cluster_size"):
-            hint = " (try using a larger cluster size)"
-        error.in_context(
-            f"The image size is too large for file format '{driver.name}'{hint}"
-        )
+def _explained(error: StorageError, driver: Driver) -> StorageError:
+    """The error, saying what a bare errno means here."""
+    if error.errno != errno.EFBIG or error.message != os.strerror(errno.EFBIG):
+        return error
+    hint = ""
+    if _supports(driver, "cluster_size"):
+        hint = " (try using a larger cluster size)"
+    return StorageError(
+        f"The image size is too large for file format '{driver.name}'{hint}", errno=errno.EFBIG
+    )
 
 
 def _remove_file(filename: str) -> None:
