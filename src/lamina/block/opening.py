@@ -254,16 +254,15 @@ class Context:
     def open_named(
         self, role: str, filename: str, *, driver: str | None, relative_to: Node
     ) -> Node | None:
-        explicit = _take(self._rest, f"{role}.")
-        if role in self._rest:
+        if self._rest.get(role, "") is None:
+            del self._rest[role]
+            return None
+        if role in self._rest and not self._opener.inspect:
             reference = self._rest.pop(role)
-            if reference is None:
-                return None
-            if self._opener.inspect:
-                return None
             return self._prefixed(role, lambda: self._opener.session.node(str(reference)))
         if self._opener.inspect or (role == "backing" and not self._opener.backing):
             return None
+        explicit = _take(self._rest, f"{role}.")
         node = self._prefixed(
             role, lambda: self._open_named(role, filename, driver, relative_to, explicit)
         )
@@ -321,8 +320,6 @@ class Context:
 
     def refuse_leftovers(self) -> None:
         """Raises UsageError for options that nobody asked for."""
-        if self._driver.supports_backing and self._opener.inspect:
-            self._rest.pop("backing", None)
         for key in self._rest:
             if key.startswith("backing.") and not self._opener.inspect:
                 raise UsageError("Driver doesn't support backing files", field=key)
