@@ -6,6 +6,8 @@ import errno
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lamina.block.limits import Preallocation
@@ -149,9 +151,27 @@ def _write_zeroes(fd: int, old: int, new: int) -> None:
     # The length first: a file system that cannot hold so long a file says so before all the work.
     os.ftruncate(fd, new)
     block = bytes(_FULL_BLOCK)
-    for start in range(old, new, _FULL_BLOCK):
-        continue_write(fd, (memoryview(block)[: new - start],), start, 0)
+    with _buffered(fd):
+        for start in range(old, new, _FULL_BLOCK):
+            continue_write(fd, (memoryview(block)[: new - start],), start, 0)
     os.fsync(fd)
+
+
+@contextmanager
+def _buffered(fd: int) -> Iterator[None]:
+    """Without O_DIRECT for a while: a file need not end where a block does."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        yield
+        return
+    import fcntl
+
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def _named(error: OSError, preallocation: Preallocation) -> StorageError:

@@ -33,6 +33,10 @@ def create_file(path: str, options: FileCreateOptions) -> None:
 
     An existing file is locked before it is emptied: one in use stays as it is.
     """
+    try:
+        preallocation = Preallocation(options.preallocation)
+    except ValueError:
+        raise UsageError(f"invalid parameter value: {options.preallocation}") from None
     fd = _open(path)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -43,7 +47,9 @@ def create_file(path: str, options: FileCreateOptions) -> None:
         if options.nocow:
             _switch_off_copy_on_write(fd)
         _hint_extent_size(fd, options.extent_size_hint)
-        _fill(fd, options)
+        allocation.set_length(fd, 0, options.size, preallocation)
+        if preallocation is Preallocation.OFF:
+            _allocate_first_block(fd, options.size)
     except OSError as error:
         raise StorageError(
             f"Could not create '{path}': {os.strerror(error.errno or errno.EIO)}",
@@ -66,16 +72,6 @@ def _open(path: str) -> int:
         ) from None
     except ValueError:  # a NUL byte in the name
         raise UsageError(f"Could not create '{path}': Invalid argument", path=path) from None
-
-
-def _fill(fd: int, options: FileCreateOptions) -> None:
-    try:
-        preallocation = Preallocation(options.preallocation)
-    except ValueError:
-        raise UsageError(f"invalid parameter value: {options.preallocation}") from None
-    allocation.set_length(fd, 0, options.size, preallocation)
-    if preallocation is Preallocation.OFF:
-        _allocate_first_block(fd, options.size)
 
 
 def _allocate_first_block(fd: int, size: int) -> None:

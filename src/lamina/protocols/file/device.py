@@ -13,9 +13,10 @@ from lamina.block.limits import Preallocation
 from lamina.block.node import NodeOptions
 from lamina.errors import UsageError
 from lamina.protocols.file import allocation, locks
-from lamina.protocols.file.direct import DirectFileNode
+from lamina.protocols.file.direct import DirectFileNode, sector_size
 from lamina.protocols.file.node import FileNode
 from lamina.protocols.file.opening import open_checked
+from lamina.units import SECTOR, round_down, round_up
 
 if TYPE_CHECKING:
     from lamina.protocols.file import FileOptions
@@ -31,6 +32,10 @@ class DeviceNode(FileNode):
 
     driver: ClassVar[str] = "host_device"
 
+    def __init__(self, options: NodeOptions, fd: int, path: str, *, locking: bool) -> None:
+        super().__init__(options, fd, path, locking=locking)
+        self._sector = sector_size(fd) or SECTOR
+
     def _find_length(self) -> int:
         if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
             return 0  # a character device does not tell
@@ -40,13 +45,18 @@ class DeviceNode(FileNode):
         return [Extent(offset, length, Kind.DATA, self, offset)]
 
     def _zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
+        if (offset | length) % self._sector:
+            return False
         if may_unmap:
             return allocation.punch(self._fd, offset, length)
         # Beside the page cache only: what the cache holds of the range would outlive the ioctl.
         return self.options.direct and self._range_ioctl(_BLKZEROOUT, offset, length)
 
     def _give_back(self, offset: int, length: int) -> None:
-        self._range_ioctl(_BLKDISCARD, offset, length)
+        start = round_up(offset, self._sector)
+        end = round_down(offset + length, self._sector)
+        if start < end:
+            self._range_ioctl(_BLKDISCARD, start, end - start)
 
     def _range_ioctl(self, request: int, offset: int, length: int) -> bool:
         """False: not supported. Raises OSError."""

@@ -203,19 +203,28 @@ def _readable(fd: int, buffer: memoryview) -> bool:
 
 def _ask_host(fd: int) -> tuple[int, int]:
     """Devices tell the alignment of requests, XFS both; 0: nobody knows."""
-    if sys.platform != "linux":
-        return 0, 0
+    sector = sector_size(fd)
+    if sector or sys.platform != "linux":
+        return sector, 0
     import fcntl
     import struct
 
-    try:
-        (sector,) = struct.unpack("@i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
-        return sector, 0
-    except OSError:
-        pass
     try:
         # struct dioattr: memory alignment, smallest and largest transfer.
         memory, smallest, _ = struct.unpack("@III", fcntl.ioctl(fd, _XFS_IOC_DIOINFO, bytes(12)))
     except OSError:
         return 0, 0
     return smallest, memory
+
+
+def sector_size(fd: int) -> int:
+    """The logical block size of a block device, in bytes; 0 for everything else."""
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+    import struct
+
+    try:
+        return int(struct.unpack("@i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0])
+    except OSError:
+        return 0

@@ -1,0 +1,173 @@
+"""The conformance suite on every protocol and filter that lives on a local file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+from lamina.block.node import Node, NodeOptions
+from lamina.block.opening import open_node
+from lamina.block.session import Session
+from lamina.testing.conformance import SIZE, NodeConformance
+
+
+class OnFile(NodeConformance):
+    """A graph on top of the file ``disk``."""
+
+    options: ClassVar[dict[str, Any]]
+    """``FILE`` stands for the name of the file."""
+    direct: ClassVar[bool] = False
+    grows_by_writing = True
+    discards_to_zero = True
+
+    def make(self, size: int) -> Node:
+        with open(self.path / "disk", "wb") as file:
+            file.truncate(size)
+        return self.open()
+
+    def open(self) -> Node:
+        given = {
+            key: str(self.path / "disk") if value == "FILE" else value
+            for key, value in self.options.items()
+        }
+        defaults = NodeOptions(read_only=False, unmap=True, direct=self.direct)
+        return open_node(given, session=Session(), defaults=defaults, protocol=True)
+
+    def reopen(self, node: Node) -> Node:
+        node.close()
+        return self.open()
+
+
+class TestFile(OnFile):
+    options = {"driver": "file", "filename": "FILE"}
+
+
+class TestDirectFile(OnFile):
+    options = {"driver": "file", "filename": "FILE"}
+    direct = True
+
+
+class TestRaw(OnFile):
+    options = {"driver": "raw", "file.driver": "file", "file.filename": "FILE"}
+
+
+class TestRawFromOffset(OnFile):
+    options = {"driver": "raw", "offset": 1536, "file.driver": "file", "file.filename": "FILE"}
+
+    def make(self, size: int) -> Node:
+        with open(self.path / "disk", "wb") as file:
+            file.truncate(size + 1536)
+        return self.open()
+
+
+class TestRawWindow(OnFile):
+    """It begins where no block begins."""
+
+    options = {
+        "driver": "raw",
+        "offset": 1000,
+        "size": SIZE,
+        "file.driver": "file",
+        "file.filename": "FILE",
+    }
+    grows_by_writing = False
+    resizes = False
+    discards_to_zero = False
+
+    def make(self, size: int) -> Node:
+        with open(self.path / "disk", "wb") as file:
+            file.truncate(size + 4096)
+        return self.open()
+
+
+class TestRawWindowOfDirectFile(TestRawWindow):
+    direct = True
+
+
+class TestBlkdebug(OnFile):
+    options = {"driver": "blkdebug", "image.driver": "file", "image.filename": "FILE"}
+
+
+class TestBlkdebugWithLimits(OnFile):
+    options = {
+        "driver": "blkdebug",
+        "image.driver": "file",
+        "image.filename": "FILE",
+        "align": "4k",
+        "max-transfer": "64k",
+        "opt-write-zero": "12k",
+        "max-write-zero": "96k",
+        "opt-discard": "12k",
+        "max-discard": "36k",
+    }
+
+
+class TestBlkdebugOfDirectFile(TestBlkdebugWithLimits):
+    direct = True
+
+
+class TestPreallocate(OnFile):
+    options = {
+        "driver": "preallocate",
+        "prealloc-size": "1M",
+        "file.driver": "file",
+        "file.filename": "FILE",
+    }
+
+
+class TestPreallocateOfDirectFile(TestPreallocate):
+    direct = True
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("losetup") is None,
+    reason="needs root and losetup",
+)
+class TestDevice(NodeConformance):
+    resizes = False
+    discards_to_zero = True
+    direct: ClassVar[bool] = False
+    sector: ClassVar[int] = 512
+
+    @pytest.fixture(autouse=True)
+    def _devices(self, _own_directory: None) -> Iterator[None]:
+        self._attached: list[str] = []
+        yield
+        for node in self._open:
+            node.close()
+        for device in self._attached:
+            subprocess.run(["losetup", "--detach", device], check=True)
+
+    def make(self, size: int) -> Node:
+        image = self.path / "image"
+        with open(image, "wb") as file:
+            file.truncate(size)
+        command = ["losetup", "--find", "--show", "--sector-size", str(self.sector), str(image)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(done.stderr)
+        self.device = done.stdout.strip()
+        self._attached.append(self.device)
+        return self.open()
+
+    def open(self) -> Node:
+        defaults = NodeOptions(read_only=False, unmap=True, direct=self.direct)
+        return open_node(self.device, session=Session(), defaults=defaults, protocol=True)
+
+    def reopen(self, node: Node) -> Node:
+        node.close()
+        return self.open()
+
+
+class TestDirectDevice(TestDevice):
+    direct = True
+
+
+class TestLargeSectors(TestDevice):
+    direct = True
+    sector = 4096
