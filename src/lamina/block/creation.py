@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lamina.block import filenames, registry
+from lamina.block.backend import Backend
 from lamina.block.node import NodeOptions
 from lamina.block.opening import open_node
 from lamina.block.options import Spec, Type, convert, parse, specs
@@ -201,15 +202,13 @@ class Creation:
     def run(self) -> None:
         """Create the file, then the image in it. Raises what the drivers raise."""
         self._parse()
-        self._protocol.create_file(self.filename, self.protocol_options, self)
-        if self._format is self._protocol:
-            return
         try:
-            self._create_content()
-        except BaseException:
-            if self._format.new_file_size(self.format_options) == 0:
-                for filename in (self.filename, *self._created):
-                    _remove_file(filename)
+            self._protocol.create_file(self.filename, self.protocol_options, self)
+            if self._format is not self._protocol:
+                self._create_content()
+        except StorageError as error:
+            if error.errno == errno.EFBIG:
+                raise _too_large(self._format) from None
             raise
 
     def _parse(self) -> None:
@@ -230,20 +229,22 @@ class Creation:
             defaults=NodeOptions(read_only=False, unmap=True),
             protocol=True,
         )
-        perm = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
         try:
-            use = file.used_by(None, "creation", perm, Perm.ALL)
-        except BaseException:
-            file.close()
-            raise
+            with Backend(file, perm=Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE):
+                self._write_content(file)
+        finally:
+            self._close_others()
+            if not file.users:
+                file.close()
+
+    def _write_content(self, file: Node) -> None:
         try:
             self._format.create(self.format_options, file, self)
             file.flush()
-        except StorageError as error:
-            raise _explained(error, self._format) from None
-        finally:
-            use.detach()
-            self._close_others()
+        except BaseException:
+            for filename in (self.filename, *self._created):
+                _remove_file(filename)
+            raise
 
     # -- what the format asks for ----------------------------------------------------------------
 
@@ -358,13 +359,8 @@ def _text(spec: Spec, value: Any) -> str:
 # -- trouble ---------------------------------------------------------------------------------------
 
 
-def _explained(error: StorageError, driver: Driver) -> StorageError:
-    """The error, saying what a bare errno means here."""
-    if error.errno != errno.EFBIG or error.message != os.strerror(errno.EFBIG):
-        return error
-    hint = ""
-    if _supports(driver, "cluster_size"):
-        hint = " (try using a larger cluster size)"
+def _too_large(driver: Driver) -> StorageError:
+    hint = " (try using a larger cluster size)" if _supports(driver, "cluster_size") else ""
     return StorageError(
         f"The image size is too large for file format '{driver.name}'{hint}", errno=errno.EFBIG
     )

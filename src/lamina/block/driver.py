@@ -66,6 +66,12 @@ class Driver:
     """Options of ``create``; None: this driver creates nothing. A field ``size`` is customary."""
     is_format = False
     supports_backing = False
+    supports_compression = False
+    """New images can be filled by compressed writes."""
+    supports_bitmaps = False
+    """Images can keep dirty bitmaps."""
+    creates_zeroes = False
+    """Protocols: what ``create_file`` makes reads as zeroes."""
     strong_options: tuple[str, ...] = ()
     """Keys of ``Options`` that change what the disk holds: ``json:{…}`` names repeat them."""
 
