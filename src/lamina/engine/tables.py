@@ -74,13 +74,6 @@ class TableCache:
         self._tables.move_to_end(host_offset)
         return table
 
-    def find(self, host_offset: int) -> bytearray | None:
-        """The table at ``host_offset`` if it is at hand."""
-        table = self._tables.get(host_offset)
-        if table is not None:
-            self._tables.move_to_end(host_offset)
-        return table
-
     def prefetch(self, host_offsets: Iterable[int]) -> None:
         """Load those of the usual size that are missing with one read; as many as fit."""
         missing = [

@@ -85,6 +85,9 @@ EXT_BITMAPS = 0x23852875
 EXT_CRYPTO = 0x0537BE77
 EXT_DATA_FILE = 0x44415441
 
+NAMES_NEED_MORE_THAN = 4096
+"""Bytes of a cluster: QEMU writes no feature name table into smaller headers."""
+
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 V2_LENGTH = 72
@@ -531,7 +534,8 @@ class Header:
         if self.crypto is not None:
             data = struct.pack(">QQ", self.crypto.offset, self.crypto.length)
             result.append((EXT_CRYPTO, data))
-        if self.version >= 3:
+        # Small clusters need their room for the backing file's name.
+        if self.version >= 3 and self.cluster_size > NAMES_NEED_MORE_THAN:
             names = b"".join(
                 bytes((word, bit)) + name.encode().ljust(46, b"\0")
                 for word, bit, name in FEATURE_NAMES
