@@ -40,9 +40,9 @@ def _parse_size(text: str, default_suffix: str) -> int | None:
     whole, dot, fraction = body.partition(".")
     if not (whole + fraction).isascii() or not (whole + fraction).isdigit():
         return None
-    if dot and (unit == 1 or not whole):
+    if dot and unit == 1:
         return None
-    value = int(whole) * unit
+    value = int(whole or "0") * unit
     if fraction:
         value += round(int(fraction) * unit / 10 ** len(fraction))
     return value

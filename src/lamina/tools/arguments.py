@@ -166,7 +166,9 @@ def option_list(text: str) -> str:
     return text
 
 
-OPTIONS = Option("o", "options", "OPTIONS", "KEY=VALUE,… of the format; help lists them", option_list)
+OPTIONS = Option(
+    "o", "options", "OPTIONS", "KEY=VALUE,… of the format; help lists them", option_list
+)
 
 
 def joined_options(given: Parsed) -> str:
@@ -179,10 +181,19 @@ MAX_SIZE = (1 << 63) - 1
 
 def image_size(text: str, *, default_suffix: str = "b") -> int:
     """Bytes out of the size of an image as users write it. Raises UsageError in QEMU's words."""
+    return _number(text, "image size", 0, MAX_SIZE, default_suffix)
+
+
+def number(what: str, low: int = 0, high: int = MAX_SIZE) -> Callable[[str], int]:
+    """Reads a number (or a size) between ``low`` and ``high``; errors say that it is ``what``."""
+    return lambda text: _number(text, what, low, high, "b")
+
+
+def _number(text: str, what: str, low: int, high: int, default_suffix: str) -> int:
     negative = text.lstrip().startswith("-")
-    size = _parse_size(text.replace("-", "", 1) if negative else text, default_suffix)
-    if size is None:
-        raise UsageError(f"Invalid image size specified: '{text}'.")
-    if negative or size > MAX_SIZE:
-        raise UsageError(f"Invalid image size specified. Must be between 0 and {MAX_SIZE}.")
-    return size
+    value = _parse_size(text.replace("-", "", 1) if negative else text, default_suffix)
+    if value is None:
+        raise UsageError(f"Invalid {what} specified: '{text}'.")
+    if negative or not low <= value <= high:
+        raise UsageError(f"Invalid {what} specified. Must be between {low} and {high}.")
+    return value

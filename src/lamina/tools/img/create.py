@@ -42,7 +42,8 @@ def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
     options = joined_options(given)
     format = given.value("format", "raw")
-    filename, *rest = given.operands or [None]
+    filename = given.operands[0] if given.operands else None
+    rest = given.operands[1:]
     if options:
         from lamina.block.keyvalue import has_help
 
