@@ -61,6 +61,7 @@ class FileDriver(Driver):
     name = "file"
     Options = FileOptions
     CreateOptions = FileCreateOptions
+    creates_zeroes = True
 
     def parse_filename(self, filename: str) -> dict[str, Any]:
         return {"filename": filename.removeprefix(PREFIX)}

@@ -229,6 +229,14 @@ class FileNode(Node):
 
     # -- life ------------------------------------------------------------------------------------
 
+    def refresh_permissions(self) -> None:
+        """With auto-read-only, the file is opened for writing when the first writer comes."""
+        if self.read_only and self.options.auto_read_only and not self.options.read_only:
+            perm, _ = self.cumulative_permissions()
+            if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE):
+                self._exchange(read_only=False)
+        super().refresh_permissions()
+
     def apply_permissions(self, perm: Perm, shared: Perm) -> None:
         if self.closed or self._locks is None:
             return
@@ -240,10 +248,15 @@ class FileNode(Node):
     def reopen(self, *, read_only: bool) -> None:
         if read_only == self.read_only:
             return
-        from lamina.protocols.file.opening import open_descriptor
-
         if read_only:
             self.flush()
+        self._exchange(read_only=read_only)
+        self.refresh_permissions()
+
+    def _exchange(self, *, read_only: bool) -> None:
+        """Put a descriptor of the other kind in the place of ours. Raises StorageError."""
+        from lamina.protocols.file.opening import open_descriptor
+
         replacement = open_descriptor(self.path, read_only=read_only, direct=self.options.direct)
         try:
             if self._locks is not None:
@@ -252,7 +265,6 @@ class FileNode(Node):
         finally:
             os.close(replacement)
         self.read_only = read_only
-        self.refresh_permissions()
 
     def _close(self) -> None:
         try:

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from lamina.block.node import NodeOptions
     from lamina.protocols.file import FileOptions
 
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
 def open_file(options: FileOptions, node_options: NodeOptions) -> FileNode:
     """Raises UsageError for what is no regular file, StorageError where the host refuses."""
     path = options.filename
@@ -54,14 +51,9 @@ def open_checked(
     mode = _mode(path)
     if mode is not None:
         check(path, mode)
-    read_only = node_options.read_only
-    try:
-        fd = open_descriptor(path, read_only=read_only, direct=node_options.direct)
-    except StorageError as error:
-        if read_only or not node_options.auto_read_only or error.errno not in _NOT_WRITABLE:
-            raise
-        read_only = True
-        fd = open_descriptor(path, read_only=True, direct=node_options.direct)
+    # With auto-read-only, writing has to wait until somebody wants to (``FileNode``).
+    read_only = node_options.read_only or node_options.auto_read_only
+    fd = open_descriptor(path, read_only=read_only, direct=node_options.direct)
     try:
         check(path, os.fstat(fd).st_mode)
     except BaseException:
