@@ -58,6 +58,7 @@ class CreateContext(Protocol):
     filename: str
     """Of the new image, for messages and for names relative to it."""
     secrets: Secrets
+    warn: Callable[[str], None]
 
     def backing_node(self) -> Node | None:
         """The backing file of the new image, opened for reading, where one was named and opened."""

@@ -120,6 +120,7 @@ class Creation:
         self.filename = filename
         self.session = session
         self.secrets: Secrets = session.secrets
+        self.warn = session.warn
         self._format = format_driver
         self._protocol = protocol_driver
         self._given = given

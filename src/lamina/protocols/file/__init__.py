@@ -78,7 +78,7 @@ class FileDriver(Driver):
     ) -> None:
         from lamina.protocols.file.create import create_file
 
-        create_file(filename.removeprefix(PREFIX), options)
+        create_file(filename.removeprefix(PREFIX), options, context.warn)
 
 
 def check_options(driver: str, options: FileOptions, *, direct: bool) -> None:

@@ -65,10 +65,11 @@ def punch(fd: int, offset: int, length: int) -> bool:
 
 @functools.cache
 def _warn_of_misbehaviour() -> None:
-    print(
+    from lamina.block.session import log_warning
+
+    log_warning(
         "Your file system is misbehaving: fallocate(FALLOC_FL_PUNCH_HOLE) returned EINVAL. "
-        "Please report this bug to your file system vendor.",
-        file=sys.stderr,
+        "Please report this bug to your file system vendor."
     )
 
 

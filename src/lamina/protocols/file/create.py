@@ -6,10 +6,12 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.block.permissions import Perm
+from lamina.block.session import log_warning
 from lamina.errors import StorageError, UsageError
 from lamina.protocols.file import allocation, locks
 
@@ -28,7 +30,9 @@ _FS_IOC_FSSETXATTR = 0x401C5820
 _FS_XFLAG_EXTSIZE = 0x00000800
 
 
-def create_file(path: str, options: FileCreateOptions) -> None:
+def create_file(
+    path: str, options: FileCreateOptions, warn: Callable[[str], None] = log_warning
+) -> None:
     """An empty file of ``options.size`` bytes. Raises Busy, UsageError or StorageError.
 
     An existing file is locked before it is emptied: one in use stays as it is.
@@ -46,7 +50,7 @@ def create_file(path: str, options: FileCreateOptions) -> None:
         os.ftruncate(fd, 0)
         if options.nocow:
             _switch_off_copy_on_write(fd)
-        _hint_extent_size(fd, options.extent_size_hint)
+        _hint_extent_size(fd, options.extent_size_hint, warn)
         allocation.set_length(fd, 0, options.size, preallocation)
         if preallocation is Preallocation.OFF:
             _allocate_first_block(fd, options.size)
@@ -99,8 +103,8 @@ def _switch_off_copy_on_write(fd: int) -> None:
         pass
 
 
-def _hint_extent_size(fd: int, hint: int | None) -> None:
-    """Ask (XFS) for extents of this size. Raises StorageError if the user asked and it fails."""
+def _hint_extent_size(fd: int, hint: int | None, warn: Callable[[str], None]) -> None:
+    """Ask (XFS) for extents of this size; a warning if the user asked and it fails."""
     size = DEFAULT_EXTENT_SIZE_HINT if hint is None else hint
     if not size or sys.platform != "linux":
         return
@@ -114,7 +118,5 @@ def _hint_extent_size(fd: int, hint: int | None) -> None:
         fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, layout.pack(xflags | _FS_XFLAG_EXTSIZE, size, *others))
     except OSError as error:
         if hint is not None:
-            number = error.errno or errno.EIO
-            raise StorageError(
-                f"Failed to set extent size hint: {os.strerror(number)}", errno=number
-            ) from None
+            reason = os.strerror(error.errno or errno.EIO)
+            warn(f"warning: Failed to set extent size hint: {reason}")
