@@ -32,7 +32,8 @@ class NodeInfo:
     cluster_size: int | None = None
     encrypted: bool = False
     compressed: bool = False
-    dirty: bool = False
+    dirty: bool | None = False
+    """None: there is nothing that could be clean or dirty."""
     backing_filename: str | None = None
     """As stored in the image."""
     full_backing_filename: str | None = None

@@ -48,7 +48,7 @@ class NullNode(Node):
         return self._size
 
     def info(self) -> NodeInfo:
-        return NodeInfo(self.filename, self.driver, self._size, 0)
+        return NodeInfo(self.filename, self.driver, self._size, 0, dirty=None)
 
     def readv(self, requests: Sequence[ReadRequest]) -> None:
         self._wait()
