@@ -22,6 +22,7 @@ class Qcow2Driver(Driver):
     CreateOptions = Qcow2CreateOptions
     is_format = True
     supports_backing = True
+    supports_compression = True
     strong_options = ("data-file", "encrypt.format", "encrypt.key-secret")
 
     def open(self, options: Qcow2Options, context: OpenContext) -> Node:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def describe(
     node: Node, header: Header, snapshots: Sequence[Snapshot], bitmaps: list[dict[str, Any]]
 ) -> NodeInfo:
-    """``bitmaps``: as ``list_bitmaps`` returned them."""
+    """``node`` is the image itself; ``bitmaps``: as ``list_bitmaps`` returned them."""
     from lamina.formats.qcow2.snapshots import snapshot_info
 
     name = header.backing_file
@@ -45,6 +45,7 @@ def describe(
         node.filename,
         "qcow2",
         header.size,
+        node.file.info().actual_size,
         cluster_size=header.cluster_size,
         encrypted=header.crypt_method != CRYPT_NONE,
         dirty=bool(header.incompatible_features & INCOMPAT_DIRTY),

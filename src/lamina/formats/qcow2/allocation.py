@@ -89,6 +89,10 @@ class Allocator:
             if wanted
         )
 
+    def restart(self) -> None:
+        """Forget what is known about free space."""
+        self._hint = self._run_hint = self._byte_cursor = 0
+
     @contextmanager
     def starting_at(self, host_offset: int) -> Iterator[None]:
         """Allocate from here on, whatever is free before."""

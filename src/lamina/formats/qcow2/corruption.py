@@ -75,3 +75,8 @@ class Corruption:
         """Raises StorageError (ENOMEDIUM) once the image is marked."""
         if self.marked:
             raise StorageError.from_errno(getattr(errno, "ENOMEDIUM", errno.EIO))
+
+
+def c_hex(number: int) -> str:
+    """As C prints it with ``%#x``: zero has no prefix."""
+    return f"{number:#x}" if number else "0"

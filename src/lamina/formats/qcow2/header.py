@@ -70,6 +70,7 @@ def mark_repaired(mapping: Qcow2Mapping) -> None:
         mapping.metadata.commit(counts=True)
         mapping.metadata.barrier()
         _write_features(mapping)
+    mapping.corruption.marked = False
 
 
 def _write_features(mapping: Qcow2Mapping) -> None:

@@ -15,6 +15,7 @@ from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
 from lamina.errors import StorageError
 from lamina.formats.qcow2.allocation import Allocator, Freed
+from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import COPIED, MAX_L1, OFFSET_MASK
 from lamina.formats.qcow2.overlap import Structure
 from lamina.formats.qcow2.refcounts import from_big_endian, read_table, to_big_endian
@@ -55,6 +56,15 @@ class Tables:
         self.slice_bytes = slice_bytes
         self.slice_entries = slice_bytes // header.l2_entry_size
         self.slice_bits = self.slice_entries.bit_length() - 1
+        slice_mask = self.slice_entries - 1
+        self.geometry = (
+            self.cluster_bits,
+            self.l2_bits,
+            self.l2_entries - 1 & ~slice_mask,
+            slice_mask,
+        )
+        """For the quick way: bits of an offset in a cluster, bits of a cluster's number in an L2
+        table, which of those choose the slice, which the entry in it."""
         self.l1 = read_table(file, header.l1_table_offset, header.l1_size)
         self.cache = TableCache(
             metadata,
@@ -75,7 +85,7 @@ class Tables:
         offset = self.l1[l1_index] & OFFSET_MASK
         if offset & self.cluster_mask:
             raise self.corruption.found(
-                f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})",
+                f"L2 table offset {c_hex(offset)} unaligned (L1 index: {c_hex(l1_index)})",
                 structure="L1 table",
                 offset=self.header.l1_table_offset + l1_index * 8,
             )

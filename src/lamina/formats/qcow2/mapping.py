@@ -8,6 +8,7 @@ tables), ``refcounts`` and ``allocation`` (host clusters), ``overlap`` and ``cor
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from lamina.block.info import NodeInfo
 from lamina.block.limits import Preallocation
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
-from lamina.errors import LaminaError, Refused
-from lamina.formats.qcow2.corruption import Corruption
+from lamina.errors import ImageUnsupported, LaminaError, Refused
+from lamina.formats.qcow2.allocation import Allocator
+from lamina.formats.qcow2.corruption import Corruption, c_hex
 from lamina.formats.qcow2.l2 import Tables
 from lamina.formats.qcow2.layout import (
     COMPRESSED,
@@ -30,14 +32,15 @@ from lamina.formats.qcow2.layout import (
     compressed_extent,
 )
 from lamina.formats.qcow2.options import Options
+from lamina.formats.qcow2.overlap import Overlap
+from lamina.formats.qcow2.refcounts import Refcounts, read_table
 from lamina.formats.qcow2.settings import Settings
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
     from lamina.engine.disk import Disk
-    from lamina.formats.qcow2.allocation import Allocator
-    from lamina.formats.qcow2.overlap import Overlap
-    from lamina.formats.qcow2.refcounts import Refcounts
+
+_unpack_entry = struct.Struct(">Q").unpack_from
 
 WRITABLE = COPIED | COMPRESSED | ZERO_FLAG
 """An entry may be written in place if of these bits it has COPIED alone."""
@@ -58,9 +61,14 @@ class Qcow2Mapping(Mapping):
         read_only: bool,
         unmap: bool = False,
         disk: Disk | None = None,
+        refusal: str | None = None,
         warn: Callable[[str], None],
     ) -> None:
-        """``disk``: the node around it; None while an image is created."""
+        """``disk``: the node around it; None while an image is created.
+
+        ``refusal``: why guest data cannot be reached, in an image that is opened all the same to be
+        checked.
+        """
         self.disk = disk
         self.file = self.data_node = file
         self.header = header
@@ -70,6 +78,7 @@ class Qcow2Mapping(Mapping):
         self.bitmaps = list(bitmaps)
         self.read_only = read_only
         self.unmap = unmap
+        self.refusal = refusal
         self.warn = warn
         self.size = header.size
         self.unit = self.encoded_unit = header.cluster_size
@@ -78,9 +87,7 @@ class Qcow2Mapping(Mapping):
         self.metadata = Metadata(file)
         self.corruption = Corruption(file, header, warn, read_only=read_only)
         self._writable_parts: tuple[Refcounts, Allocator] | None = None
-        from lamina.formats.qcow2.overlap import Overlap
-
-        self.overlap: Overlap = Overlap(file, header, self.corruption)
+        self.overlap = Overlap(file, header, self.corruption)
         self.overlap.watched = self.settings.overlap
         self.overlap.snapshots = self.snapshots
         self.tables = Tables(
@@ -99,6 +106,23 @@ class Qcow2Mapping(Mapping):
         """The backing file as it is now: jobs exchange it."""
         return None if self.disk is None else self.disk.backing
 
+    def check_usable(self) -> None:
+        """Raises StorageError for a corrupt image, ImageUnsupported for one that is refused."""
+        self.corruption.check()
+        if self.refusal is not None:
+            raise ImageUnsupported(self.refusal, format="qcow2", structure="header")
+
+    def reload(self) -> None:
+        """The tables of the file were changed behind our back, by a repair."""
+        header, tables = self.header, self.tables
+        tables.l1[:] = read_table(self.file, header.l1_table_offset, header.l1_size)
+        tables.cache.drop_clean()
+        if self._writable_parts is not None:
+            refcounts, allocator = self._writable_parts
+            refcounts.reload()
+            allocator.restart()
+        self.overlap.forget()
+
     # -- what writing needs, made when it is first needed ----------------------------------------
 
     @property
@@ -111,9 +135,6 @@ class Qcow2Mapping(Mapping):
 
     def _parts(self) -> tuple[Refcounts, Allocator]:
         if self._writable_parts is None:
-            from lamina.formats.qcow2.allocation import Allocator
-            from lamina.formats.qcow2.refcounts import Refcounts
-
             refcounts = Refcounts(
                 self.file,
                 self.header,
@@ -148,41 +169,47 @@ class Qcow2Mapping(Mapping):
         return self._locate(requests, COMPRESSED | ZERO_FLAG, 0)
 
     def locate_for_writing(self, requests: Sequence[WriteRequest]) -> list[int] | None:
-        return self._locate(requests, WRITABLE, COPIED)
+        places = self._locate(requests, WRITABLE, COPIED)
+        if places is not None:
+            occupied, bits = self.overlap.occupied, self.cluster_bits
+            for place in places:
+                if place >> bits in occupied:
+                    self.overlap.check(place, 1)
+        return places
 
     def _locate(
         self, requests: Sequence[WriteRequest], mask: int, wanted: int
     ) -> list[int] | None:
         """Host offsets of requests that lie in one cluster each, whose entry has of the bits of
         ``mask`` exactly ``wanted``; -1 for others and where the table is not cached."""
-        self.corruption.check()
+        if self.corruption.marked or self.refusal:
+            self.check_usable()
         tables = self.tables
         l1, cached = tables.l1, tables.cache.find
-        l1_size, bits, low = len(l1), self.cluster_bits, self.unit - 1
-        l2_bits, l2_mask = tables.l2_bits, tables.l2_entries - 1
-        slice_bits, slice_bytes = tables.slice_bits, tables.slice_bytes
-        slice_mask = tables.slice_entries - 1
+        bits, l2_bits, slices, within_slice = tables.geometry
+        unit = self.unit
+        low = unit - 1
+        mask |= low
         places = []
-        for offset, buffer in requests:
-            place = -1
-            cluster = offset >> bits
-            within = offset & low
-            if within + len(buffer) <= low + 1 and cluster >> l2_bits < l1_size:
-                index = cluster & l2_mask
-                table_offset = l1[cluster >> l2_bits] & OFFSET_MASK
-                table = cached(table_offset + (index >> slice_bits) * slice_bytes)
-                if table_offset and table is not None:
-                    start = (index & slice_mask) << 3
-                    entry = int.from_bytes(table[start : start + 8], "big")
-                    if entry & mask == wanted:
-                        host = entry & OFFSET_MASK
-                        if host and not host & low:
-                            place = host + within
-            places.append(place)
+        try:
+            for offset, buffer in requests:
+                place = -1
+                cluster = offset >> bits
+                # Without an L2 table this is an offset in the header's cluster: never cached.
+                table = cached((l1[cluster >> l2_bits] & OFFSET_MASK) + ((cluster & slices) << 3))
+                if table is not None:
+                    (entry,) = _unpack_entry(table, (cluster & within_slice) << 3)
+                    host = entry & OFFSET_MASK
+                    within = offset & low
+                    if host and entry & mask == wanted and within + len(buffer) <= unit:
+                        place = host + within
+                places.append(place)
+        except IndexError:  # VM state behind the end of the L1 table
+            return None
         return places
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
-        self.corruption.check()
+        self.check_usable()
         bits = self.cluster_bits
         first = offset >> bits
         count = ((offset + length - 1) >> bits) - first + 1 if length else 0
@@ -270,13 +297,13 @@ class Qcow2Mapping(Mapping):
                 return Kind.ZERO, -1
             if host & (self.unit - 1):
                 raise self._bad_entry(
-                    f"Preallocated zero cluster offset {host:#x} unaligned", cluster
+                    f"Preallocated zero cluster offset {c_hex(host)} unaligned", cluster
                 )
             return Kind.ZERO, host
         if not host:
             return Kind.BELOW, -1
         if host & (self.unit - 1):
-            raise self._bad_entry(f"Cluster allocation offset {host:#x} unaligned", cluster)
+            raise self._bad_entry(f"Cluster allocation offset {c_hex(host)} unaligned", cluster)
         return Kind.DATA, host
 
     def _bad_entry(self, message: str, cluster: int) -> LaminaError:
@@ -284,7 +311,7 @@ class Qcow2Mapping(Mapping):
         table = tables.table_offset(cluster >> tables.l2_bits)
         index = cluster & (tables.l2_entries - 1)
         return self.corruption.found(
-            f"{message} (L2 offset: {table:#x}, L2 index: {index:#x})",
+            f"{message} (L2 offset: {c_hex(table)}, L2 index: {c_hex(index)})",
             structure="L2 table",
             offset=table + index * 8,
         )
@@ -294,25 +321,25 @@ class Qcow2Mapping(Mapping):
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
         from lamina.formats.qcow2.writing import reserve
 
-        self.corruption.check()
+        self.check_usable()
         return reserve(self, ranges)
 
     def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
         from lamina.formats.qcow2.writing import reserve_encoded
 
-        self.corruption.check()
+        self.check_usable()
         return reserve_encoded(self, units)
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         from lamina.formats.qcow2.clearing import zero
 
-        self.corruption.check()
+        self.check_usable()
         return zero(self, offset >> self.cluster_bits, length >> self.cluster_bits, may_unmap)
 
     def discard(self, offset: int, length: int) -> None:
         from lamina.formats.qcow2.clearing import discard
 
-        self.corruption.check()
+        self.check_usable()
         discard(self, offset >> self.cluster_bits, length >> self.cluster_bits)
 
     # -- the whole -------------------------------------------------------------------------------
@@ -322,18 +349,19 @@ class Qcow2Mapping(Mapping):
     ) -> None:
         from lamina.formats.qcow2.resize import resize
 
-        self.corruption.check()
+        self.check_usable()
         resize(self, size, preallocation)
 
     def info(self) -> NodeInfo:
         from lamina.formats.qcow2.about import describe
 
-        return describe(self.disk or self.file, self.header, self.snapshots, self.bitmaps)
+        assert self.disk is not None
+        return describe(self.disk, self.header, self.snapshots, self.bitmaps)
 
     def before_first_write(self) -> None:
         from lamina.formats.qcow2.header import open_for_changes
 
-        self.corruption.check()
+        self.check_usable()
         open_for_changes(self)
 
     def flush(self) -> None:

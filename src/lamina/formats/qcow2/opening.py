@@ -40,10 +40,10 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
     snapshots = _snapshots(disk.file, header, context)
     bitmaps = list_bitmaps(disk.file, header, context.warn)
     reason = unsupported_reason(header)
-    if context.inspect or (context.check and reason is not None):
+    if context.inspect:
         _open_backing(disk, header, context)
         return Inspected(disk, header, snapshots, bitmaps)
-    if reason is not None:
+    if reason is not None and not context.check:
         raise ImageUnsupported(reason, format="qcow2", structure="header")
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
@@ -57,6 +57,7 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
         read_only=disk.read_only,
         unmap=disk.options.unmap,
         disk=disk,
+        refusal=reason,
         warn=context.warn,
     )
     if not disk.read_only and not context.check:

@@ -101,21 +101,15 @@ class Overlap:
         self._clusters: dict[int, int] | None = None
         """Cluster -> structures in it. None: to be collected."""
 
-    def watch(self, structures: Structure) -> None:
-        self.watched = structures
+    def forget(self) -> None:
+        """Collect anew before the next check."""
         self._clusters = None
-
-    def add_refcount_table(self) -> None:
-        """The header names a new one; the old one counts until it is free."""
-        header = self.header
-        length = header.refcount_table_clusters << header.cluster_bits
-        self._add(Structure.REFCOUNT_TABLE, header.refcount_table_offset, length)
 
     # -- checking --------------------------------------------------------------------------------
 
     def check(self, host_offset: int, length: int, what: str = "metadata") -> None:
         """Raises ImageCorrupt if a write there would hit metadata."""
-        clusters = self._collected()
+        clusters = self.occupied
         bits = self.header.cluster_bits
         first, last = host_offset >> bits, (host_offset + length - 1) >> bits
         for cluster in range(first, last + 1):
@@ -124,7 +118,7 @@ class Overlap:
 
     def check_table(self, host_offset: int, own: Structure) -> None:
         """Raises ImageCorrupt if the table of this kind shares its cluster with another one."""
-        others = self._collected().get(host_offset >> self.header.cluster_bits, 0) & ~own
+        others = self.occupied.get(host_offset >> self.header.cluster_bits, 0) & ~own
         if others:
             raise self._found(others, _NAMES[own], host_offset)
 
@@ -163,7 +157,9 @@ class Overlap:
 
     # -- collecting ------------------------------------------------------------------------------
 
-    def _collected(self) -> dict[int, int]:
+    @property
+    def occupied(self) -> dict[int, int]:
+        """Cluster -> the structures in it."""
         if self._clusters is None:
             self._clusters = self._collect()
         return self._clusters

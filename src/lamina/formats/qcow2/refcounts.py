@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
 from lamina.errors import StorageError
+from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import REFTABLE_OFFSET_MASK
 from lamina.formats.qcow2.overlap import Structure
 from lamina.formats.qcow2.refblock import Width
@@ -75,6 +76,11 @@ class Refcounts:
             header.refcount_table_clusters << (header.cluster_bits - 3),
         )
 
+    def reload(self) -> None:
+        """The file was changed behind our back."""
+        self._table = None
+        self.cache.drop_clean()
+
     def block_offset(self, index: int) -> int:
         """Host offset of the block; 0: there is none. Raises ImageCorrupt."""
         table = self.table
@@ -83,7 +89,7 @@ class Refcounts:
         offset = table[index] & REFTABLE_OFFSET_MASK
         if offset & (self.header.cluster_size - 1):
             raise self.corruption.found(
-                f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})",
+                f"Refblock offset {c_hex(offset)} unaligned (reftable index: {c_hex(index)})",
                 structure="refcount table",
                 offset=self.header.refcount_table_offset + index * 8,
             )

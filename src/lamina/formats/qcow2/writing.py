@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.engine.mapping import InPlace, Piece, Reservation
 from lamina.formats.qcow2.allocation import Cause, Freed
+from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -159,7 +160,14 @@ class _Planner:
         """There is a host cluster that nobody shares with us. Raises ImageCorrupt."""
         if not entry & COPIED or entry & COMPRESSED or not entry & OFFSET_MASK:
             return False
-        self.mapping.classify(cluster, entry)
+        mapping = self.mapping
+        host = entry & OFFSET_MASK
+        if host & (mapping.unit - 1):
+            raise mapping.corruption.found(
+                f"Data cluster offset {c_hex(host)} unaligned "
+                f"(guest offset: {c_hex(cluster * mapping.unit)})",
+                structure="L2 table",
+            )
         return True
 
     def _check(self, host_offset: int, count: int) -> None:
