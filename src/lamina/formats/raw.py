@@ -57,7 +57,8 @@ class RawNode(Node):
     def size(self) -> int:
         if self._window is not None:
             return self._window
-        return round_up(max(self._file.size - self._offset, 0), SECTOR)
+        size = max(self._file.size - self._offset, 0)
+        return round_up(size, SECTOR) if size % SECTOR else size
 
     @property
     def limits(self) -> Limits:

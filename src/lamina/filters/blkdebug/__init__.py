@@ -39,7 +39,12 @@ class BlkdebugDriver(Driver):
     Options = BlkdebugOptions
 
     def parse_filename(self, filename: str) -> dict[str, Any]:
-        """``blkdebug:CONFIG:IMAGE``; CONFIG may be empty. Raises UsageError."""
+        """``blkdebug:CONFIG:IMAGE``; CONFIG may be empty. Raises UsageError.
+
+        A name without the prefix (where the user named the driver) is that of the image.
+        """
+        if not filename.startswith(PREFIX):
+            return {"x-image": filename}
         config, colon, image = filename.removeprefix(PREFIX).partition(":")
         if not colon:
             raise UsageError("blkdebug requires both config file and image path")
