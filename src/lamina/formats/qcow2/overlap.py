@@ -138,6 +138,12 @@ class Overlap:
     def add_l2_table(self, host_offset: int) -> None:
         self._add(Structure.ACTIVE_L2, host_offset, 1)
 
+    def add_refcount_table(self) -> None:
+        """The header names a new one; the old one counts until it is free."""
+        header = self.header
+        length = header.refcount_table_clusters << header.cluster_bits
+        self._add(Structure.REFCOUNT_TABLE, header.refcount_table_offset, length)
+
     def add_l1_table(self) -> None:
         """The header names a new one; the old one counts until it is free."""
         self._add(
