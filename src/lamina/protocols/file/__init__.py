@@ -91,6 +91,8 @@ def check_options(driver: str, options: FileOptions, *, direct: bool) -> None:
     ):
         if value not in choices:
             raise UsageError(f"invalid parameter value: {value}")
+    if options.pr_manager is not None:
+        raise UsageError(f"No persistent reservation manager with id '{options.pr_manager}'")
     if options.aio == "native" and not direct:
         raise UsageError(
             "aio=native was specified, but it requires cache.direct=on, which was not specified."

@@ -65,8 +65,7 @@ def create_file(
 
 
 def _open(path: str) -> int:
-    flags = os.O_RDWR | os.O_CREAT
-    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     try:
         return os.open(path, flags, 0o644)
     except OSError as error:

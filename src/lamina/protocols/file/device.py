@@ -100,7 +100,7 @@ def open_device(options: FileOptions, node_options: NodeOptions) -> FileNode:
     """Raises UsageError for what is no device, StorageError where the host refuses."""
     path = options.filename
     fd, read_only = open_checked(path, node_options, _check_device)
-    kind = DirectDeviceNode if node_options.direct else DeviceNode
+    kind = DirectDeviceNode if node_options.direct and hasattr(os, "O_DIRECT") else DeviceNode
     try:
         node = kind(node_options, fd, path, locking=locks.available(options.locking))
     except BaseException:

@@ -74,19 +74,17 @@ class DirectFileNode(FileNode):
     def aligned_writev(
         self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE
     ) -> None:
-        end = 0
+        super().writev(requests, flags)
+
+    def _write(self, requests: Sequence[WriteRequest]) -> None:
         try:
             for offset, buffers, length in runs(requests):
                 done = pwritev(self._fd, buffers, offset) if self._fit(buffers) else 0
                 if done != length:
                     self._bounced_write(offset, rest(buffers, done), done)
-                end = offset + length
         except OSError as error:
-            self._changed(self._find_length())
+            self._changed()
             raise StorageError.from_os_error(error, path=self.path) from None
-        self._changed(end)
-        if flags & WriteFlags.FUA:
-            self.flush()
 
     def aligned_write_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
         super().write_zeroes(offset, length, flags)

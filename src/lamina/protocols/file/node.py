@@ -6,8 +6,8 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
@@ -19,6 +19,8 @@ from lamina.protocols.file.holes import HoleMap
 from lamina.protocols.file.locks import FileLocks
 from lamina.protocols.file.transfer import continue_read, continue_write, preadv, pwritev, runs
 from lamina.units import SECTOR
+
+T = TypeVar("T")
 
 _LIMITS = Limits()
 _NO_FLAGS = WriteFlags.NONE
@@ -45,7 +47,8 @@ class FileNode(Node):
         self._growth = threading.Lock()
         self._flushing = threading.Lock()
         self._unflushed = False
-        self._flush_error: StorageError | None = None
+        self._flush_error = 0
+        """The errno of the first flush that failed."""
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -93,45 +96,68 @@ class FileNode(Node):
             raise StorageError.from_os_error(error, path=self.path) from None
 
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
-        end = 0
+        if len(requests) == 1:
+            offset, data = requests[0]
+            end = offset + len(data)
+        else:
+            end = max((offset + len(data) for offset, data in requests), default=0)
+        if end > self._length:
+            self._grow(lambda: self._write(requests))
+        else:
+            self._write(requests)
+        self._holes.generation += 1
+        self._unflushed = True
+        if flags is not _NO_FLAGS and flags & WriteFlags.FUA:
+            self.flush()
+
+    def _write(self, requests: Sequence[WriteRequest]) -> None:
         try:
             if len(requests) == 1:
                 offset, data = requests[0]
                 done = pwritev(self._fd, (data,), offset)
                 if done != len(data):
                     continue_write(self._fd, (data,), offset, done)
-                end = offset + len(data)
             else:
                 for offset, buffers, length in runs(requests):
                     done = pwritev(self._fd, buffers, offset)
                     if done != length:
                         continue_write(self._fd, buffers, offset, done)
-                    end = offset + length
         except OSError as error:
-            self._changed(self._find_length())
+            self._changed()
             raise StorageError.from_os_error(error, path=self.path) from None
-        self._changed(end)
-        if flags is not _NO_FLAGS and flags & WriteFlags.FUA:
-            self.flush()
 
-    def _changed(self, end: int) -> None:
-        """The file has been written to, up to ``end`` at most."""
+    def _grow(self, action: Callable[[], T]) -> T:
+        """Do what may make the file longer.
+
+        One at a time: a length that is set while somebody else writes behind it would cut off what
+        they wrote. (The host writes behind the end of a file one at a time as well.)
+        """
+        with self._growth:
+            try:
+                return action()
+            finally:
+                self._length = self._find_length()
+
+    def _changed(self) -> None:
+        """The file is not what it was: what is known of its holes, and the last flush, are old."""
         self._holes.generation += 1
         self._unflushed = True
-        if end > self._length:
-            with self._growth:
-                self._length = max(self._length, end)
 
     def write_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
+        may_unmap = bool(flags & WriteFlags.MAY_UNMAP)
+
+        def zero() -> bool:
+            return self._zero(offset, length, may_unmap=may_unmap)
+
         try:
-            done = self._zero(offset, length, may_unmap=bool(flags & WriteFlags.MAY_UNMAP))
+            done = self._grow(zero) if offset + length > self._length else zero()
         except OSError as error:
             raise StorageError.from_os_error(error, path=self.path) from None
-        if done:
-            self._changed(offset + length)
-        elif flags & WriteFlags.NO_FALLBACK:
-            raise ImageUnsupported("Operation not supported")
-        else:
+        finally:
+            self._changed()
+        if not done:
+            if flags & WriteFlags.NO_FALLBACK:
+                raise ImageUnsupported("Operation not supported")
             self.write_zero_bytes(offset, length, flags & ~WriteFlags.FUA)
         if flags & WriteFlags.FUA:
             self.flush()
@@ -147,7 +173,8 @@ class FileNode(Node):
             self._give_back(offset, length)
         except OSError as error:
             raise StorageError.from_os_error(error, path=self.path) from None
-        self._changed(0)
+        finally:
+            self._changed()
 
     def _give_back(self, offset: int, length: int) -> None:
         """Raises OSError, but not where the host merely cannot."""
@@ -163,35 +190,30 @@ class FileNode(Node):
         """
         if not isinstance(source, FileNode) or not hasattr(os, "copy_file_range"):
             return 0
-        done = 0
+
+        def copy() -> int:
+            return _copy_range(source._fd, self._fd, source_offset, offset, length)
+
         try:
-            while done < length:
-                count = os.copy_file_range(
-                    source._fd, self._fd, length - done, source_offset + done, offset + done
-                )
-                if count == 0:
-                    break
-                done += count
+            return self._grow(copy) if offset + length > self._length else copy()
         except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise StorageError.from_os_error(error, path=self.path) from None
+            raise StorageError.from_os_error(error, path=self.path) from None
         finally:
-            self._changed(offset + done if done else 0)
-        return done
+            self._changed()
 
     def _flush(self) -> None:
         """Once a flush has failed nobody can know what the host still has: it stays failed."""
         with self._flushing:
-            if self._flush_error is not None:
-                raise self._flush_error
+            if self._flush_error:
+                raise StorageError.from_errno(self._flush_error, path=self.path)
             if not self._unflushed:
                 return
             self._unflushed = False
             try:
                 _synchronise(self._fd)
             except OSError as error:
-                self._flush_error = StorageError.from_os_error(error, path=self.path)
-                raise self._flush_error from None
+                self._flush_error = error.errno or errno.EIO
+                raise StorageError.from_errno(self._flush_error, path=self.path) from None
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Data and holes, to the byte. A hole is what the file system says is one."""
@@ -220,12 +242,10 @@ class FileNode(Node):
         """New space always reads as zeroes. Raises UsageError or StorageError."""
         from lamina.protocols.file import allocation
 
-        with self._growth:
-            try:
-                allocation.set_length(self._fd, self._length, size, preallocation)
-            finally:
-                self._length = self._find_length()
-                self._changed(0)
+        try:
+            self._grow(lambda: allocation.set_length(self._fd, self._length, size, preallocation))
+        finally:
+            self._changed()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -270,7 +290,28 @@ class FileNode(Node):
         try:
             super()._close()
         finally:
-            os.close(self._fd)
+            # No later call may find the file that gets this number next.
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def _copy_range(source: int, target: int, source_offset: int, offset: int, length: int) -> int:
+    """Bytes that copy_file_range copied before it came to an end, or did not want to. Raises
+    OSError."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(
+                source, target, length - done, source_offset + done, offset + done
+            )
+        except OSError as error:
+            if error.errno in _NOT_HERE:
+                break
+            raise
+        if count == 0:
+            break
+        done += count
+    return done
 
 
 def _synchronise(fd: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from lamina.block.node import NodeOptions
     from lamina.protocols.file import FileOptions
 
+
 def open_file(options: FileOptions, node_options: NodeOptions) -> FileNode:
     """Raises UsageError for what is no regular file, StorageError where the host refuses."""
     path = options.filename
     fd, read_only = open_checked(path, node_options, _check_regular)
     try:
         locking = locks.available(options.locking)
-        if node_options.direct:
+        if node_options.direct and hasattr(os, "O_DIRECT"):
             from lamina.protocols.file.direct import DirectFileNode
 
             node: FileNode = DirectFileNode(node_options, fd, path, locking=locking)
@@ -73,7 +75,7 @@ def _mode(path: str) -> int | None:
 def open_descriptor(path: str, *, read_only: bool, direct: bool = False) -> int:
     """Raises StorageError with a sentence that names the file."""
     flags = os.O_RDONLY if read_only else os.O_RDWR
-    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_BINARY", 0)
     if direct:
         flags |= getattr(os, "O_DIRECT", 0)
     try:
@@ -87,12 +89,24 @@ def open_descriptor(path: str, *, read_only: bool, direct: bool = False) -> int:
     except ValueError:  # a NUL byte in the name
         raise UsageError(f"Could not open '{path}': Invalid argument", path=path) from None
     try:
+        if direct and sys.platform == "darwin":
+            _bypass_cache(fd)
         if not read_only:
             _check_writable_device(fd, path)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _bypass_cache(fd: int) -> None:
+    """macOS: what O_DIRECT is elsewhere, but with any alignment. Raises StorageError."""
+    import fcntl
+
+    try:
+        fcntl.fcntl(fd, 48, 1)  # F_NOCACHE
+    except OSError as error:
+        raise StorageError.from_os_error(error) from None
 
 
 def _check_writable_device(fd: int, path: str) -> None:

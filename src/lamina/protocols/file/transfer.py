@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.node import ReadRequest, WriteRequest
 
-if sys.platform == "win32":
-    from lamina.protocols.file.positioned import preadv, pwritev
+preadv: Callable[[int, Sequence[Any], int], int]
+pwritev: Callable[[int, Sequence[Any], int], int]
+if hasattr(os, "preadv"):
+    preadv, pwritev = os.preadv, os.pwritev
 else:
-    preadv = os.preadv
-    pwritev = os.pwritev
+    from lamina.protocols.file import positioned
+
+    preadv, pwritev = positioned.preadv, positioned.pwritev
 
 MAX_BUFFERS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
 """Buffers that one call takes."""
