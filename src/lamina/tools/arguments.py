@@ -171,9 +171,9 @@ OPTIONS = Option(
 )
 
 
-def joined_options(given: Parsed) -> str:
+def joined_options(given: Parsed, key: str = "options") -> str:
     """All ``-o`` as one list, nothing if there are none."""
-    return ",".join(given.values("options"))
+    return ",".join(given.values(key))
 
 
 MAX_SIZE = (1 << 63) - 1

@@ -5,10 +5,10 @@ A module per subcommand, imported when it is called: ``run(arguments, tool)`` gi
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
 from lamina.tools.arguments import HELP, Option, WrongUsage, parse
-from lamina.tools.tool import EXIT_OK, Tool
+from lamina.tools.tool import EXIT_OK, Tool, run_and_leave
 
 COMMANDS = {
     "amend": "change options of the format of an existing image",
@@ -35,8 +35,8 @@ _OPTIONS = (
 )
 
 
-def main() -> int:
-    return Tool(sys.argv[0]).run(run, sys.argv[1:])
+def main() -> NoReturn:
+    run_and_leave(run)
 
 
 def run(arguments: list[str], tool: Tool) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from lamina.records import dataclass
 from lamina.tools.arguments import Option, Parsed, parse
 from lamina.tools.tool import EXIT_OK, Exit, Tool
 
 
-class Command(NamedTuple):
+@dataclass(frozen=True)
+class Command:
     usage: str
     """What follows the name of the command in its synopsis."""
     options: tuple[Option, ...]

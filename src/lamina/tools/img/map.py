@@ -17,7 +17,7 @@ from lamina.tools.arguments import (
     OUTPUT,
     Option,
     WrongUsage,
-    image_size,
+    number,
 )
 from lamina.tools.img.command import Command
 from lamina.tools.opening import check_format_options, open_given
@@ -38,14 +38,14 @@ COMMAND = Command(
             "start-offset",
             "OFFSET",
             "byte of the disk to begin at (0)",
-            lambda text: image_size(text, what="start offset"),
+            number("start offset"),
         ),
         Option(
             "l",
             "max-length",
             "LENGTH",
             "bytes to look at, at most",
-            lambda text: image_size(text, what="max length"),
+            number("max length"),
         ),
         FORCE_SHARE,
         OBJECT,
