@@ -58,8 +58,6 @@ class Settings:
     workers: int = 8
     rate: int = 0
     """Bytes a second; 0: as fast as can be."""
-    name_place: bool = True
-    """Begin the sentence of an error with what was being done, and where."""
     salvage: bool = False
     """What cannot be read becomes zeroes, and a warning."""
     progress: Callable[[float], None] = lambda done: None
@@ -228,7 +226,7 @@ class Conversion:
 
     def batches(self, plan: Iterable[Run], fresh: Callable[[], Batch]) -> Iterator[Batch]:
         """The plan in pieces that fit into a buffer and end where units end."""
-        if self.settings.compressed:
+        if self.unit > 1:
             plan = self.whole_units(plan)
         batch: Batch | None = None
         for run in plan:
@@ -259,7 +257,10 @@ class Conversion:
         return aligned if aligned > 0 else room
 
     def whole_units(self, plan: Iterable[Run]) -> Iterator[Run]:
-        """The units that hold any data, whole, and what zeroes there are besides."""
+        """The units that hold any data, whole, and what zeroes there are besides.
+
+        Units cannot be encoded in parts, and writing parts makes the target copy the rest.
+        """
         done = 0
         tail: Run | None = None
         for run in plan:
@@ -347,8 +348,7 @@ class Conversion:
         self.hold_back(batch.length)
 
     def explained(self, error: LaminaError, doing: str, batch: Batch) -> LaminaError:
-        if not self.settings.name_place:
-            return error
+        """``doing`` is reading or writing."""
         return error.in_context(f"error while {doing} at byte {batch.place}: ")
 
     def position(self, batch: Batch) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
-from lamina.jobs.convert import Conversion, Settings
+from lamina.errors import LaminaError
+from lamina.jobs.convert import Batch, Conversion, Settings
 from lamina.jobs.sources import Sources
 from lamina.jobs.status import Status
 
@@ -35,7 +36,13 @@ class Window(Sources):
             yield Status(Extent(0, self._length, Kind.DATA), 0, False)
 
 
+class _Copy(Conversion):
+    def explained(self, error: LaminaError, doing: str, batch: Batch) -> LaminaError:
+        where = "from input" if doing == "reading" else "to output"
+        return error.in_context(f"error while {doing} {where} image file: ")
+
+
 def copy_window(disk: Backend, start: int, length: int, target: Backend) -> None:
     """Write ``length`` bytes of ``disk`` from ``start`` on to the beginning of ``target``."""
-    settings = Settings(look_for_zeroes=False, name_place=False)
-    Conversion(Window(disk, start, length), target, settings).run()
+    settings = Settings(look_for_zeroes=False)
+    _Copy(Window(disk, start, length), target, settings).run()

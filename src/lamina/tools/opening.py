@@ -18,6 +18,18 @@ def check_format_options(given: Parsed) -> None:
         raise UsageError("--image-opts and --format are mutually exclusive")
 
 
+def check_cache_mode(name: str, *, source: bool = False) -> str:
+    """``name``, if it is a cache mode. Raises UsageError."""
+    from lamina.block.cache_modes import cache_mode
+
+    try:
+        cache_mode(name)
+    except UsageError:
+        what = "source cache" if source else "cache"
+        raise UsageError(f"Invalid {what} option: {name}") from None
+    return name
+
+
 def open_image(
     tool: Tool,
     name: str,

@@ -27,6 +27,7 @@ class Progress:
         self._wanted = wanted and not quiet
         self._bar = not wanted and not quiet and sys.stderr.isatty()
         self._bar_shown = False
+        self._stopped = False
         self._done = 0.0
         self._shown = -1.0
         self._started = time.monotonic()
@@ -48,7 +49,7 @@ class Progress:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
         if self._wanted:
-            if not failed:
+            if not failed and not self._stopped:
                 self._done = 1.0
                 self._percentage()
             sys.stdout.write("\n")
@@ -69,6 +70,10 @@ class Progress:
             bar = "#" * full + "." * (_BAR - full)
             sys.stderr.write(f"\r{done:4.0%} [{bar}] {time.monotonic() - self._started:.0f} s")
             sys.stderr.flush()
+
+    def stop(self) -> None:
+        """Show no further figures: something else has been said about the end."""
+        self._stopped = True
 
     def _percentage(self) -> None:
         sys.stdout.write(f"    ({self._done * 100:.2f}/100%)\r")

@@ -18,6 +18,7 @@ class QcowDriver(Driver):
     CreateOptions = QcowCreateOptions
     is_format = True
     supports_backing = True
+    supports_compression = True
     strong_options = ("encrypt.format", "encrypt.key-secret")
 
     def open(self, options: QcowOptions, context: OpenContext) -> Node:

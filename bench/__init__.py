@@ -1,0 +1,1 @@
+"""Lamina against QEMU's tools, in paired runs: ``python -m bench``."""

@@ -1,0 +1,201 @@
+"""What is measured, with the ratio that each row has to reach (our speed / the peer's)."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OURS = str(Path(sys.executable).with_name("lamina-img"))
+THEIRS = "qemu-img"
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    goal: float
+    ours: list[str]
+    theirs: list[str]
+    target: Path | None = None
+    """Written by both; removed before each run."""
+    slow: bool = False
+    """Takes so long that two repeats have to do."""
+
+
+@dataclass
+class Workbench:
+    """Images to measure with, made when they are first needed."""
+
+    directory: Path
+    size: int
+    """Bytes of guest data in conversions."""
+    table_size: int
+    """Bytes of the disks whose tables are walked."""
+    made: dict[str, Path] = field(default_factory=dict)
+
+    def image(self, name: str, maker: Callable[[Path], None]) -> Path:
+        if name not in self.made:
+            path = self.directory / name
+            maker(path)
+            self.made[name] = path
+        return self.made[name]
+
+    def raw(self) -> Path:
+        """Half of it data, in runs of up to 4 MiB; a third of that compresses well."""
+
+        def maker(path: Path) -> None:
+            rng = random.Random(1)
+            words = [rng.randbytes(rng.randrange(3, 12)) for _ in range(500)]
+            with open(path, "wb") as file:
+                file.truncate(self.size)
+                at = 0
+                while at < self.size:
+                    length = min(rng.randrange(1, 65) * 65536, self.size - at)
+                    if rng.random() < 0.5:
+                        file.seek(at)
+                        if rng.random() < 0.66:
+                            text = b"".join(rng.choices(words, k=length // 6))
+                            file.write(text[:length].ljust(length, b"\n"))
+                        else:
+                            file.write(rng.randbytes(length))
+                    at += length
+
+        return self.image("data.raw", maker)
+
+    def dense(self) -> Path:
+        """A raw file without a hole."""
+
+        def maker(path: Path) -> None:
+            block = random.Random(2).randbytes(MIB)
+            with open(path, "wb") as file:
+                for number in range(self.size // MIB):
+                    file.write(number.to_bytes(8, "big") + block[8:])
+
+        return self.image("dense.raw", maker)
+
+    def converted(self, name: str, *options: str, source: Path | None = None) -> Path:
+        origin = source or self.raw()
+
+        def maker(path: Path) -> None:
+            command = [THEIRS, "convert", "-f", "raw", *options, str(origin), str(path)]
+            subprocess.run(command, check=True)
+
+        return self.image(name, maker)
+
+    def tables(self, name: str, *, shuffled: bool) -> Path:
+        def maker(path: Path) -> None:
+            # In a process of its own: what this one needs would count as memory of its children.
+            kind = "shuffled" if shuffled else "contiguous"
+            command = [sys.executable, "-m", "bench.images", kind, str(self.table_size), path]
+            subprocess.run(command, check=True)
+
+        return self.image(name, maker)
+
+
+def rows(bench: Workbench) -> Iterator[Callable[[], Row]]:
+    """Thunks, so that images are made only for rows that run; see ``NAMES``."""
+    for name, goal in CONVERSIONS:
+        yield lambda name=name, goal=goal: _conversion(bench, name, goal)
+    for name, goal in TABLES:
+        yield lambda name=name, goal=goal: _tables(bench, name, goal)
+    for name, goal in REQUESTS:
+        yield lambda name=name, goal=goal: _requests(bench, name, goal)
+    for name, goal in SMALL:
+        yield lambda name=name, goal=goal: _small(bench, name, goal)
+
+
+CONVERSIONS = [
+    ("raw-raw", 1.5),
+    ("raw-raw-dense", 1.0),
+    ("raw-qcow2", 1.2),
+    ("qcow2-raw", 1.5),
+    ("qcow2-qcow2", 1.1),
+    ("compress-zlib", 3.0),
+    ("compress-zstd", 1.2),
+    ("decompress-zlib", 1.5),
+    ("decompress-zstd", 1.3),
+    ("compare", 1.0),
+]
+TABLES = [
+    ("check-full", 3.0),
+    ("check-fragmented", 8.0),
+    ("map-full", 3.0),
+    ("map-fragmented", 3.0),
+    ("measure-full", 4.0),
+    ("measure-fragmented", 4.0),
+]
+REQUESTS = [
+    ("bench-raw-read-1", 2.0),
+    ("bench-raw-read-64", 1.1),
+    ("bench-raw-write-64", 1.0),
+    ("bench-qcow2-read-1", 1.0),
+    ("bench-qcow2-read-64", 1.0),
+    ("bench-qcow2-write-64", 1.0),
+]
+SMALL = [("info", 0.25), ("create", 0.25)]
+"""Against ``python -c pass``: at most four times as long."""
+NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *SMALL)]
+
+
+def _conversion(bench: Workbench, name: str, goal: float) -> Row:
+    target = bench.directory / "target"
+    zlib, zstd = ["-c", "-O", "qcow2"], ["-c", "-O", "qcow2", "-o", "compression_type=zstd"]
+    qcow2 = ["-O", "qcow2"]
+    if name == "compare":
+        image = str(bench.converted("data.qcow2", *qcow2))
+        words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
+        return Row(name, goal, [OURS, *words], [THEIRS, *words])
+    source, options = {
+        "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
+        "raw-raw-dense": (lambda: ["-f", "raw", str(bench.dense())], ["-O", "raw"]),
+        "raw-qcow2": (lambda: ["-f", "raw", str(bench.raw())], qcow2),
+        "qcow2-raw": (lambda: [str(bench.converted("data.qcow2", *qcow2))], ["-O", "raw"]),
+        "qcow2-qcow2": (lambda: [str(bench.converted("data.qcow2", *qcow2))], qcow2),
+        "compress-zlib": (lambda: ["-f", "raw", str(bench.raw())], zlib),
+        "compress-zstd": (lambda: ["-f", "raw", str(bench.raw())], zstd),
+        "decompress-zlib": (lambda: [str(bench.converted("z.qcow2", *zlib))], ["-O", "raw"]),
+        "decompress-zstd": (lambda: [str(bench.converted("zs.qcow2", *zstd))], ["-O", "raw"]),
+    }[name]
+    words = ["convert", "-W", "-m", "16", *options, *source(), str(target)]
+    return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
+
+
+def _tables(bench: Workbench, name: str, goal: float) -> Row:
+    work, kind = name.split("-")
+    image = str(bench.tables(f"{kind}.qcow2", shuffled=kind == "fragmented"))
+    words = {
+        "check": ["check", image],
+        "map": ["map", "--output=json", image],
+        "measure": ["measure", "-O", "qcow2", image],
+    }[work]
+    return Row(name, goal, [OURS, *words], [THEIRS, *words], slow=True)
+
+
+def _requests(bench: Workbench, name: str, goal: float) -> Row:
+    _, format, kind, depth = name.split("-")
+    if format == "raw":
+        image = bench.dense()
+    else:
+        image = bench.converted("dense.qcow2", "-O", "qcow2", source=bench.dense())
+    # A step that is no multiple of the disk's length visits it all over.
+    step = 4096 * 7919
+    words = ["bench", "-f", format, "-c", "75000", "-d", depth, "-s", "4096", "-S", str(step)]
+    words += ["-w"] if kind == "write" else []
+    theirs = [THEIRS, *words, "-i", "io_uring", str(image)]
+    return Row(name, goal, [OURS, *words, str(image)], theirs)
+
+
+def _small(bench: Workbench, name: str, goal: float) -> Row:
+    target = None
+    if name == "info":
+        image = bench.directory / "small.qcow2"
+        subprocess.run([THEIRS, "create", "-q", "-f", "qcow2", image, "1G"], check=True)
+        words = ["info", str(image)]
+    else:
+        target = bench.directory / "target"
+        words = ["create", "-q", "-f", "qcow2", str(target), "1G"]
+    return Row(name, goal, [OURS, *words], [sys.executable, "-c", "pass"], target)
