@@ -1,0 +1,123 @@
+"""Tables of an image as numpy arrays, straight from the file, in long runs.
+
+For work on the whole image: counting references, checking, listing extents. Nothing is cached and
+nothing is trusted: what lies behind the end of the file reads as zeroes, as it does for QEMU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+
+Words = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
+Counts = npt.NDArray[Any]
+"""Unsigned numbers as wide as refcounts may be: uint16, uint32 or uint64."""
+
+Mask = npt.NDArray[np.bool_]
+
+BATCH = 1 << 18
+"""Bytes of tables that are looked at together: with all temporaries, what a core's cache holds."""
+
+
+def read_into(file: Node, pieces: list[tuple[int, memoryview]]) -> None:
+    """Fill every buffer from its offset in ``file``; zeroes from the end of the file on."""
+    size = file.size
+    requests = []
+    for offset, buffer in pieces:
+        inside = min(max(size - offset, 0), len(buffer))
+        if inside:
+            requests.append((offset, buffer[:inside]))
+        if inside < len(buffer):
+            buffer[inside:] = bytes(len(buffer) - inside)
+    if requests:
+        file.readv(requests)
+
+
+def read_words(file: Node, offset: int, count: int) -> Words:
+    """``count`` big-endian 64-bit entries from ``offset`` on, in the machine's byte order."""
+    buffer = bytearray(count * 8)
+    read_into(file, [(offset, memoryview(buffer))])
+    words = np.frombuffer(buffer, dtype=np.uint64)
+    return words.byteswap(inplace=True) if _LITTLE else words
+
+
+_LITTLE = bool(np.little_endian)
+
+
+class TableRun(NamedTuple):
+    """Several tables: row i holds the entries of the table at ``offsets[i]``."""
+
+    first: int
+    """Index of the first row among the tables that were asked for."""
+    offsets: Indices
+    entries: Words
+
+
+def read_tables(file: Node, offsets: Indices, table_bytes: int) -> Iterator[TableRun]:
+    """The tables at these host offsets, in this order, as many at a time as ``BATCH`` holds.
+
+    The arrays of a run are overwritten by the next one.
+    """
+    step = max(BATCH // table_bytes, 1)
+    buffer = bytearray(min(step, len(offsets)) * table_bytes)
+    view = memoryview(buffer)
+    raw = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, table_bytes // 8)
+    swapped = np.empty_like(raw) if _LITTLE else raw
+    for first in range(0, len(offsets), step):
+        part = offsets[first : first + step]
+        read_into(file, _requests(part, table_bytes, view))
+        if _LITTLE:
+            # Out of place: twice as fast as numpy's byteswap in place.
+            np.copyto(swapped[: len(part)], raw[: len(part)].view(">u8"))
+        yield TableRun(first, part, swapped[: len(part)])
+
+
+def _requests(
+    offsets: Indices, table_bytes: int, view: memoryview
+) -> list[tuple[int, memoryview]]:
+    """One request for each run of tables that adjoin each other in the file."""
+    breaks = (np.flatnonzero(np.diff(offsets) != table_bytes) + 1).tolist()
+    return [
+        (int(offsets[start]), view[start * table_bytes : end * table_bytes])
+        for start, end in zip([0, *breaks], [*breaks, len(offsets)], strict=True)
+    ]
+
+
+# -- refcount blocks -------------------------------------------------------------------------------
+
+
+def count_type(refcount_order: int) -> type[np.unsignedinteger[Any]]:
+    """What holds any count of this width; never narrower than 16 bits."""
+    types: list[type[np.unsignedinteger[Any]]] = [np.uint16, np.uint32, np.uint64]
+    return types[max(refcount_order - 4, 0)]
+
+
+def unpack_counts(block: bytearray | memoryview | bytes, refcount_order: int) -> Counts:
+    """The entries of one or more refcount blocks ("Host cluster management")."""
+    if refcount_order >= 3:
+        width = 1 << (refcount_order - 3)
+        return np.frombuffer(block, dtype=f">u{width}").astype(count_type(refcount_order))
+    raw = np.frombuffer(block, dtype=np.uint8)
+    bits = 1 << refcount_order
+    # The first entry is in the lowest bits of a byte.
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    parts = (raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return parts.reshape(-1).astype(np.uint16)
+
+
+def pack_counts(counts: Counts, refcount_order: int) -> bytes:
+    """The other way round; a count that is too large for the width is a programming error."""
+    if refcount_order >= 3:
+        return counts.astype(f">u{1 << (refcount_order - 3)}").tobytes()
+    bits = 1 << refcount_order
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    parts = counts.astype(np.uint8).reshape(-1, 8 // bits) << shifts
+    packed: bytes = np.bitwise_or.reduce(parts, axis=1).tobytes()
+    return packed

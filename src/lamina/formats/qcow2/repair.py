@@ -1,0 +1,75 @@
+"""The refcount structure built anew from the references that were counted.
+
+The new table and its blocks lie together behind everything that is in use, and count the old ones
+too, so that the image is sound whether or not the header names them yet. Giving the old ones back
+is the last step, and the caller's.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lamina.errors import StorageError
+from lamina.formats.qcow2.arrays import Counts, Words, pack_counts
+from lamina.formats.qcow2.layout import MAX_REFCOUNT_TABLE
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+    from lamina.formats.qcow2.layout import Header
+
+REFCOUNT_TABLE_FIELDS = 48
+"""Offset of the header's refcount_table_offset, which refcount_table_clusters follows."""
+
+CountsOf = Callable[[int, int], "Counts | None"]
+"""(first cluster, end) of one block -> how often each is referenced; None: none of them is.
+Ends may lie behind the end of the file. Called with ascending clusters."""
+
+
+def rebuild(file: Node, header: Header, end: int, counts_of: CountsOf) -> tuple[Words, int]:
+    """Write a refcount structure from cluster ``end`` on and have the header name it.
+
+    ``end``: the first of the clusters behind all that are in use. Returns the new table and the
+    number of clusters that the structure takes. Raises StorageError; the image is unchanged then.
+    """
+    per_block = header.cluster_size * 8 >> header.refcount_order
+    per_table = header.cluster_size // 8
+    bits = header.cluster_bits
+    used = [
+        block
+        for block in range(-(-end // per_block))
+        if counts_of(block * per_block, (block + 1) * per_block) is not None
+    ]
+    table_clusters = block_count = 0
+    while True:
+        last = end + table_clusters + block_count
+        blocks = sorted({*used, *range(end // per_block, -(-last // per_block))})
+        need = -(-(blocks[-1] + 1) // per_table) if blocks else 1
+        if (need, len(blocks)) == (table_clusters, block_count):
+            break
+        table_clusters, block_count = need, len(blocks)
+    if table_clusters << bits > MAX_REFCOUNT_TABLE or last << bits >= 1 << 56:
+        raise StorageError.from_errno(errno.EFBIG)
+    table = np.zeros(table_clusters * per_table, dtype=np.uint64)
+    for number, block in enumerate(blocks):
+        first = block * per_block
+        counts = counts_of(first, first + per_block)
+        if counts is None:
+            counts = np.zeros(per_block, dtype=np.uint16)
+        new = slice(max(end - first, 0), max(last - first, 0))
+        counts[new] = 1
+        place = (end + table_clusters + number) << bits
+        file.write(place, pack_counts(counts, header.refcount_order))
+        table[block] = place
+    file.write(end << bits, table.astype(">u8").tobytes())
+    file.flush()
+    file.write(REFCOUNT_TABLE_FIELDS, struct.pack(">QI", end << bits, table_clusters))
+    file.flush()
+    header.refcount_table_offset = end << bits
+    header.refcount_table_clusters = table_clusters
+    return table, last - end
+

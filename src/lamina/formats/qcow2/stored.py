@@ -1,0 +1,111 @@
+"""The refcounts that an image keeps, as arrays, and how they are changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lamina.formats.qcow2.arrays import (
+    BATCH,
+    Counts,
+    Indices,
+    Words,
+    count_type,
+    pack_counts,
+    read_into,
+    unpack_counts,
+)
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+    from lamina.formats.qcow2.layout import Header
+
+
+class CountRun(NamedTuple):
+    """The counts of neighbouring clusters; None: there are no blocks, so all of them are zero."""
+
+    first: int
+    end: int
+    counts: Counts | None
+
+
+class StoredCounts:
+    """The refcount blocks that a refcount table names."""
+
+    def __init__(self, file: Node, header: Header, table: Words) -> None:
+        """``table``: host offsets of usable blocks, 0 where there is none."""
+        self.file = file
+        self.order = header.refcount_order
+        self.block_bytes = header.cluster_size
+        self.per_block = header.cluster_size * 8 >> header.refcount_order
+        self.table = table
+
+    def runs(self, first: int, end: int) -> Iterator[CountRun]:
+        """The counts of the clusters ``first`` to ``end``, both at the border of a block or at
+        the end of the file, in order and without gaps."""
+        low = first // self.per_block
+        high = min(-(-end // self.per_block), len(self.table))
+        present = np.flatnonzero(self.table[low:high]) + low
+        step = max(BATCH // self.block_bytes, 1)
+        position = first
+        for group in _neighbours(present, step):
+            start = int(group[0]) * self.per_block
+            if position < start:
+                yield CountRun(position, start, None)
+            position = min(start + len(group) * self.per_block, end)
+            yield CountRun(start, position, self._read(group)[: position - start])
+        if position < end:
+            yield CountRun(position, end, None)
+
+    def _read(self, blocks: Indices) -> Counts:
+        buffer = memoryview(bytearray(len(blocks) * self.block_bytes))
+        read_into(
+            self.file,
+            [
+                (int(self.table[block]), buffer[at : at + self.block_bytes])
+                for at, block in zip(
+                    range(0, len(buffer), self.block_bytes), blocks.tolist(), strict=True
+                )
+            ],
+        )
+        return unpack_counts(buffer, self.order)
+
+    def window(self, first: int, end: int) -> Counts:
+        """All counts of these clusters in one array."""
+        result = np.zeros(end - first, dtype=count_type(self.order))
+        for run in self.runs(first, end):
+            if run.counts is not None:
+                result[run.first - first : run.end - first] = run.counts
+        return result
+
+    def get(self, clusters: Indices) -> Counts:
+        """Counts of single clusters, which may lie behind everything that has blocks."""
+        result = np.zeros(len(clusters), dtype=count_type(self.order))
+        blocks = clusters // self.per_block
+        for block in np.unique(blocks).tolist():
+            if block < len(self.table) and self.table[block]:
+                here = blocks == block
+                counts = self._read(np.array([block]))
+                result[here] = counts[clusters[here] % self.per_block]
+        return result
+
+    def put(self, clusters: Indices, values: Counts) -> None:
+        """Change single counts. Every cluster has a block; clusters ascend."""
+        blocks = clusters // self.per_block
+        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+        for low, high in zip(starts.tolist(), [*starts[1:].tolist(), len(blocks)], strict=True):
+            block = np.array([blocks[low]])
+            counts = self._read(block)
+            counts[clusters[low:high] % self.per_block] = values[low:high]
+            place = int(self.table[block[0]])
+            data = pack_counts(counts, self.order)
+            self.file.write(place, data[: max(self.file.size - place, 0)])
+
+
+def _neighbours(blocks: Indices, most: int) -> Iterator[Indices]:
+    """Runs of consecutive numbers, no longer than ``most``."""
+    for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
+        for start in range(0, len(run), most):
+            yield run[start : start + most]
