@@ -352,6 +352,9 @@ class Qcow2Mapping(Mapping):
         self.check_usable()
         resize(self, size, preallocation)
 
+    def uses_more_than(self, length: int) -> bool:
+        return self.refcounts.uses_more_than(length // self.header.cluster_size)
+
     def info(self) -> NodeInfo:
         from lamina.formats.qcow2.about import describe
 

@@ -138,6 +138,17 @@ class Width:
                 start = found.start() * self._per_byte
         return total
 
+    def count_used(self, block: bytearray) -> int:
+        """Entries that are not zero."""
+        if self.bytes:
+            entries = memoryview(block).cast("BHIQ"[self.bytes.bit_length() - 1]).tolist()
+            return len(entries) - entries.count(0)
+        return sum(block.count(byte) * self._used_entries(byte) for byte in set(block))
+
+    def _used_entries(self, byte: int) -> int:
+        mask = (1 << self.bits) - 1
+        return sum(bool(byte >> shift & mask) for shift in range(0, 8, self.bits))
+
     def last_used(self, block: bytearray) -> int:
         """Index of the last nonzero entry; -1 if there is none."""
         used = len(block.rstrip(b"\0"))

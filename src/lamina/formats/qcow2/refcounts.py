@@ -105,6 +105,17 @@ class Refcounts:
         block = self.block(index)
         return 0 if block is None else self.width.get(block, place)
 
+    def uses_more_than(self, clusters: int) -> bool:
+        """Whether more than so many clusters have references; counts no further than it must."""
+        used = 0
+        for index in range(len(self.table)):
+            block = self.block(index)
+            if block is not None:
+                used += self.width.count_used(block)
+                if used > clusters:
+                    return True
+        return False
+
     def add(self, first: int, count: int) -> None:
         """One reference more to each of these clusters, whose blocks exist. All or none.
 

@@ -11,7 +11,7 @@ from lamina.engine.metadata import Stage
 from lamina.errors import ImageUnsupported, UsageError
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.clearing import discard, zero
-from lamina.formats.qcow2.layout import MAX_L1, ZERO_FLAG
+from lamina.formats.qcow2.layout import COMPRESSED, MAX_L1, ZERO_FLAG
 from lamina.formats.qcow2.preallocation import (
     clusters_needed,
     end_of_file,
@@ -52,15 +52,14 @@ def _grow(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> Non
     tables.grow_l1(entries, exactly=True)
     _drop_behind(mapping, -(-old_size // mapping.unit), entries)
     backing = mapping.backing()
-    if backing is not None and backing.size > old_size:
-        # The backing file must not show where the disk had ended.
-        first = -(-old_size // mapping.unit)
-        end = -(-min(size, backing.size) // mapping.unit)
-        if end > first and not zero(mapping, first, end - first, may_unmap=False):
-            raise ImageUnsupported(
-                "Cannot grow a version 2 image that is smaller than its backing file"
-            )
-    _zero_tail(mapping, old_size, size)
+    below = 0 if backing is None else min(backing.size, size)
+    _zero_tail(mapping, old_size, size, shines_through=below > old_size)
+    first, end = -(-old_size // mapping.unit), -(-below // mapping.unit)
+    # What the backing file has behind the old end must not show.
+    if end > first and not zero(mapping, first, end - first, may_unmap=False):
+        for cluster in range(first, end):
+            _write(mapping, cluster * mapping.unit, bytes(mapping.unit))
+            mapping.metadata.relieve()
     if preallocation is not Preallocation.OFF:
         _preallocate(mapping, old_size, size, preallocation)
     header.size = mapping.size = size
@@ -79,23 +78,30 @@ def _drop_behind(mapping: Qcow2Mapping, first: int, l1_entries: int) -> None:
         unmap(mapping, first, end)
 
 
-def _zero_tail(mapping: Qcow2Mapping, old_size: int, size: int) -> None:
-    """The rest of the last cluster becomes part of the disk: it may hold what was cut off."""
+def _zero_tail(mapping: Qcow2Mapping, old_size: int, size: int, *, shines_through: bool) -> None:
+    """The rest of the last cluster becomes part of the disk: it may hold what was cut off.
+
+    ``shines_through``: the backing file has something there.
+    """
     within = old_size % mapping.unit
     disk = mapping.disk
     if not within or disk is None:
         return
     start = old_size - within
     entry = mapping.tables.entry(start >> mapping.cluster_bits)
-    if not entry or entry & ZERO_FLAG:
+    if entry & ZERO_FLAG and not entry & COMPRESSED:
         return
-    length = min(mapping.unit - within, size - old_size)
     content = bytearray(mapping.unit)
     disk.reader.read([(start, memoryview(content))])
-    if not any(content[within : within + length]):
-        return
-    content[within:] = bytes(mapping.unit - within)
-    reservation = mapping.reserve([(start, mapping.unit)])
+    end = within + min(mapping.unit - within, size - old_size)
+    if any(content[within:end]) or (not entry and shines_through):
+        content[within:] = bytes(mapping.unit - within)
+        _write(mapping, start, content)
+
+
+def _write(mapping: Qcow2Mapping, start: int, content: bytes | bytearray) -> None:
+    """Write whole clusters from the guest offset ``start`` on, while nobody else writes."""
+    reservation = mapping.reserve([(start, len(content))])
     try:
         for piece in reservation.pieces:
             skip = piece.guest_offset - start
