@@ -32,6 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     create("-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "top.qcow2")
     create("-f", "qcow2", "-b", "a.raw", "-F", "raw", "on-raw.qcow2")
     Path("empty").touch()
+    create("-f", "raw", "./odd:name", "1M")
     Path("dir").mkdir()
     create("-f", "qcow2", "-u", "-b", "a.qcow2", "-F", "qcow2", "dir/lost.qcow2", "1M")
     yield home
@@ -95,6 +96,13 @@ PLAIN = [
     "null-co://",
     "null-co:",
     "null-aio://",
+    "file:odd:name",
+    "./odd:name",
+    "odd:name",
+    "file:file:a.raw",
+    "file:",
+    "blkdebug::file:a.raw",
+    "blkdebug::odd:name",
     "blkdebug::a.qcow2",
     "blkdebug::a.raw",
     "blkdebug::top.qcow2",
@@ -158,6 +166,12 @@ OPTIONS = [
     "driver=null-co,latency-ns=-1",
     "driver=raw,file.driver=null-co,file.size=1M",
     "driver=raw,file.filename=a,,b",
+    "driver=raw,file.filename=odd:name",
+    "driver=raw,file.driver=file,file.filename=odd:name",
+    "driver=raw,file.filename=file:a.raw",
+    "driver=raw,file.filename=null-co://",
+    "driver=raw,file.driver=raw,file.file.filename=odd:name",
+    "driver=blkdebug,image.filename=file:a.raw",
     "driver=qcow2,file.driver=blkdebug,file.image.filename=top.qcow2",
     "driver=qcow2,file.driver=blkdebug,file.align=512,file.image.filename=top.qcow2",
     "driver=blkdebug,image.filename=a.raw",
@@ -191,6 +205,8 @@ def test_options(reference: str) -> None:
         ("qcow2", "a.raw"),
         ("nope", "a.raw"),
         ("file", "a.raw"),
+        ("file", "file:a.raw"),
+        ("raw", "odd:name"),
         ("null-co", "null-co://"),
         ("null-co", "a.raw"),
         ("raw", "nonexistent"),

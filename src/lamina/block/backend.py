@@ -67,6 +67,7 @@ class Backend:
         inspect: bool = False,
         check: bool = False,
         backing: bool = True,
+        copy_on_read: bool = False,
         options: Mapping[str, Any] | None = None,
         perm: Perm | None = None,
         shared: Perm | None = None,
@@ -77,7 +78,8 @@ class Backend:
         ``block.cache_modes``; ``discard`` and ``detect_zeroes`` are the generic options of these
         names; ``inspect``, ``check`` and ``backing`` as for ``block.opening.open_node``. Without
         ``perm`` the user reads, and writes if ``writable``, and resizes if ``resize``; without
-        ``shared`` it tolerates everything in others.
+        ``shared`` it tolerates everything in others. With ``copy_on_read`` what is read from
+        backing files is kept in the image (``block.copy_on_read``).
         """
         from lamina.block.cache_modes import cache_mode
         from lamina.block.opening import open_node
@@ -115,6 +117,13 @@ class Backend:
                 perm |= Perm.WRITE
                 if resize:
                     perm |= Perm.RESIZE
+        if copy_on_read:
+            if node.read_only:
+                _close_unused(node)
+                raise UsageError("Can't enable copy-on-read on read-only device")
+            from lamina.block.copy_on_read import CopyOnReadBackend
+
+            cls = CopyOnReadBackend
         try:
             backend = cls(
                 node,
@@ -123,8 +132,7 @@ class Backend:
                 writethrough=not mode.writeback,
             )
         except BaseException:
-            if not node.users:
-                node.close()
+            _close_unused(node)
             raise
         if node.options.probed and node.driver == "raw" and not node.read_only:
             session.warn(_GUESSED_RAW.format(node.filename).rstrip("\n"))
@@ -323,6 +331,11 @@ class Backend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close_unused(node: Node) -> None:
+    if not node.users:
+        node.close()
 
 
 def _read_only() -> Refused:

@@ -52,21 +52,31 @@ def protocol_options(filename: str) -> dict[str, Any]:
     """
     prefix = protocol_prefix(filename)
     if prefix is None:
-        return {"driver": _local_driver(filename), "filename": filename}
+        return local_options(filename)
     if prefix == "file":
-        plain = filename.removeprefix("file:")
-        return {"driver": _local_driver(plain), "filename": plain}
+        return local_options(plain_file(filename))
     name = registry.by_prefix(prefix)
     if name is None:
         raise UsageError(f"Unknown protocol '{prefix}'")
     return {"driver": name, **registry.driver(name).parse_filename(filename)}
 
 
+def local_options(path: str) -> dict[str, Any]:
+    """The same for the path of a local file or device, whatever it looks like."""
+    return {"driver": local_driver(path), "filename": path}
+
+
+def plain_file(filename: str) -> str:
+    """The path in ``file:path``, in a form that nobody takes for a name with a prefix."""
+    path = filename.removeprefix("file:")
+    return f"./{path}" if path != filename and protocol_prefix(path) is not None else path
+
+
 def protocol_name(filename: str) -> str:
     """The driver of ``protocol_options``, without reading the rest of the name."""
     prefix = protocol_prefix(filename)
     if prefix is None or prefix == "file":
-        return _local_driver(filename.removeprefix("file:"))
+        return local_driver(filename.removeprefix("file:"))
     name = registry.by_prefix(prefix)
     if name is None:
         raise UsageError(f"Unknown protocol '{prefix}'")
@@ -82,7 +92,7 @@ def local_file(filename: str) -> str | None:
     return filename.removeprefix("file:")
 
 
-def _local_driver(filename: str) -> str:
+def local_driver(filename: str) -> str:
     """``host_device`` for devices, ``file`` for everything else, missing files included."""
     import stat
 
@@ -123,14 +133,28 @@ def directory_part(filename: str) -> str:
     return filename[: max(*separators, start - 1) + 1]
 
 
+def storage(node: Node) -> Node:
+    """The node at the bottom: what ``node`` is kept in."""
+    below = node
+    while (inner := below.child("file") or below.child("image")) is not None:
+        below = inner
+    return below
+
+
+def is_local(node: Node) -> bool:
+    """Whether a protocol node's file name is a path, whatever it looks like."""
+    return node.driver in ("file", "host_device", "host_cdrom")
+
+
 def base_directory(node: Node) -> str:
     """Where names stored in ``node`` start from, with a separator at its end (or empty).
 
     Raises UsageError if the node lives where there are no directories.
     """
-    below = node
-    while (inner := below.child("file") or below.child("image")) is not None:
-        below = inner
+    below = storage(node)
+    if is_local(below):
+        path = below.filename
+        return path[: len(path) - len(os.path.basename(path))]
     if is_json(below.filename) or below.driver.startswith("null-"):
         raise UsageError(f"Cannot generate a base directory for {below.driver} nodes")
     return directory_part(below.filename)
@@ -144,12 +168,21 @@ def full_backing_filename(node: Node, stored: str) -> str:
 
 
 def local_path(options: Mapping[str, Any]) -> str | None:
-    """The path of the plain local file that these options open; None for anything else."""
-    for prefix in ("file.", ""):
-        if options.get(f"{prefix}driver") == "file":
-            path = options.get(f"{prefix}filename")
-            return path if isinstance(path, str) else None
-    return None
+    """The path of the one plain local file that these options open; None for anything else.
+
+    Options that could name more than that file (``backing.file.filename``, ``data-file``, …) make
+    it "anything else".
+    """
+    given = dict(options)
+    for harmless in ("offset", "size"):
+        given.pop(harmless, None)
+    if given.pop("file.driver", "file") != "file":
+        return None
+    path = given.pop("file.filename", None)
+    if path is None and given.get("driver") == "file":
+        path = given.pop("filename", None)
+    given.pop("driver", None)
+    return path if isinstance(path, str) and not given else None
 
 
 # -- names to show -------------------------------------------------------------------------------

@@ -198,6 +198,10 @@ class Node(ABC):
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Where these bytes are, in order, without gaps; this layer only (``Kind.BELOW``)."""
 
+    def uses_more_than(self, length: int) -> bool:
+        """Formats: whether more bytes than this of ``file`` are in use, as far as is known."""
+        return self.file.size > length
+
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         """The same as arrays, piece after piece, for whole-image work."""
         step = 1 << 36

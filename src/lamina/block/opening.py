@@ -88,8 +88,9 @@ class Opener:
         if filename is not None and filenames.is_json(filename):
             options = {**filenames.parse_json(filename), **options}
             filename = None
-        if protocol and filename is None and "driver" not in options:
-            filename = options.pop("filename", None)
+        if protocol and filename is None and "driver" not in options and "filename" in options:
+            # Only names by themselves have prefixes: among options, a name is that of a file.
+            options["driver"] = filenames.local_driver(str(options["filename"]))
         name = options.pop("driver", None)
         if name is not None:
             return self._open_known(str(name), filename, options, defaults, chain)
@@ -293,12 +294,12 @@ class Context:
             raise UsageError("Must specify either driver or file")
         full = filenames.full_backing_filename(relative_to, filename)
         path = filenames.local_file(full)
-        check_named(
-            self._opener.session.policy, filename, role, path, _home(relative_to)
-        )
+        storage = filenames.storage(relative_to)
+        own_path = storage.filename if filenames.is_local(storage) else None
+        check_named(self._opener.session.policy, filename, role, path, own_path)
         # A file of this image is no step down the chain: only backing files can lead back.
-        chain = (*self._chain, _identity(relative_to.filename))
-        if role == "backing" and _identity(full) in chain:
+        chain = (*self._chain, _identity(relative_to.filename, own_path))
+        if role == "backing" and _identity(full, path) in chain:
             raise UsageError(f"Backing file '{full}' creates an infinite loop.")
         if driver is not None:
             explicit.setdefault("driver", driver)
@@ -416,14 +417,8 @@ def _close_unused(node: Node) -> None:
         node.close()
 
 
-def _home(node: Node) -> str | None:
-    path = filenames.local_file(node.filename)
-    return None if path is None else os.path.dirname(path) or "."
-
-
-def _identity(filename: str) -> str:
+def _identity(filename: str, path: str | None) -> str:
     """Two names with the same identity open the same file."""
-    path = filenames.local_file(filename)
     return filename if path is None else os.path.realpath(path)
 
 
@@ -452,6 +447,8 @@ def _description(node: Node) -> dict[str, Any]:
     """Dotted options that open the same as ``node``."""
     if filenames.is_json(node.filename):
         return filenames.parse_json(node.filename)
+    if filenames.is_local(node):
+        return {"driver": node.driver, "filename": node.filename}
     if registry.is_protocol(node.driver):
         return filenames.protocol_options(node.filename)
     below = {f"file.{key}": value for key, value in _description(node.file).items()}

@@ -24,21 +24,23 @@ class Policy(enum.Enum):
     """None."""
 
 
-def check_named(policy: Policy, name: str, role: str, path: str | None, home: str | None) -> None:
+def check_named(
+    policy: Policy, name: str, role: str, path: str | None, image: str | None
+) -> None:
     """Raises Refused unless ``policy`` lets an image open what it names as its ``role``.
 
-    ``path`` is the local file that the name resolved to, None for everything else; ``home`` the
-    directory of the image. Symbolic links are followed before judging.
+    ``path`` is the local file that the name resolved to, None for everything else; ``image`` the
+    path of the image itself. Symbolic links are followed before judging.
     """
     if policy is Policy.ALLOW:
         return
     if policy is Policy.DENY:
         raise Refused(f"Opening the {role} file '{name}' is denied by the opening policy")
-    if path is None or home is None:
+    if path is None or image is None:
         raise Refused(f"The {role} file '{name}' is not a plain local file")
-    inside = os.path.realpath(home)
+    home = os.path.dirname(os.path.realpath(image))
     target = os.path.realpath(path)
-    if os.path.commonpath([inside, target]) != inside:
+    if not target.startswith(home.rstrip(os.sep) + os.sep):
         raise Refused(f"The {role} file '{name}' is not in the directory of the image")
     if os.path.exists(target) and not os.path.isfile(target):
         raise Refused(f"The {role} file '{name}' is not a plain local file")

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.block.backend import Backend
+from lamina.block.copy_on_read import CopyOnReadBackend
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
-from lamina.block.limits import Preallocation, WriteFlags
+from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.block.session import Session
@@ -321,3 +322,40 @@ def test_what_a_node_cannot_do_stays_an_error() -> None:
         "null-co://", session=Session(), format="raw", writable=True
     ) as one, pytest.raises(ImageUnsupported):
         one.write_compressed([(0, b"x")])
+
+
+# -- copy on read ----------------------------------------------------------------------------------
+
+
+class Overlay(Recorder):
+    """Nothing of it is here yet; its unit is 1 KiB."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(write_zeroes_alignment=1024)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        return [
+            Extent(start, min(1024, offset + length - start), kind)
+            for start in range(offset, offset + length, 1024)
+            for kind in [Kind.DATA if start == 1024 else Kind.BELOW]
+        ]
+
+
+def test_copy_on_read_copies_whole_units_that_are_not_here() -> None:
+    node = Overlay(NodeOptions(read_only=False), size=4000)
+    node.data[2100] = 1
+    one = CopyOnReadBackend(node, perm=READ_WRITE)
+    assert one.read(1000, 2500)[1100] == 1
+    assert node.calls == [
+        ("zero", 0, 1024, WriteFlags.UNCHANGED),
+        ("write", 2048, 1024, WriteFlags.UNCHANGED),
+        ("zero", 3072, 928, WriteFlags.UNCHANGED),
+    ]
+    with pytest.raises(StorageError):
+        one.read(4000, 1)
+
+
+def test_copy_on_read_needs_to_write(disk: str) -> None:
+    with pytest.raises(UsageError, match="Can't enable copy-on-read on read-only device"):
+        Backend.open(disk, session=Session(), copy_on_read=True)

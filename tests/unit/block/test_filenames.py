@@ -34,7 +34,8 @@ def test_letters_are_drives_on_windows_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_names_open(tmp_path: Path) -> None:
-    assert filenames.protocol_options("file:a:b") == {"driver": "file", "filename": "a:b"}
+    assert filenames.protocol_options("file:a:b") == {"driver": "file", "filename": "./a:b"}
+    assert filenames.protocol_options("file:a") == {"driver": "file", "filename": "a"}
     assert filenames.protocol_options("null-co://") == {"driver": "null-co"}
     with pytest.raises(UsageError, match="Unknown protocol 'a'"):
         filenames.protocol_options("a:b")

@@ -210,6 +210,17 @@ def test_without_a_format_the_backing_file_is_probed() -> None:
         assert backend.node.backing.options.probed
 
 
+def test_among_options_a_name_is_that_of_a_file_whatever_it_looks_like() -> None:
+    toy("odd:top", "base", "raw")
+    toy("base")
+    with opened({"driver": "toy", "file.filename": "odd:top"}) as backend:
+        assert backend.node.filename == "odd:top"
+        assert backend.node.backing is not None
+        assert backend.node.backing.filename == "base"
+    with opened("file:odd:top", format="toy") as backend:
+        assert backend.node.filename == "./odd:top"
+
+
 def test_a_stored_name_may_be_json() -> None:
     toy("top", "json:{'driver':'raw','size':512,'file.filename':'base'}")
     toy("base")
@@ -270,7 +281,11 @@ def test_loops_end(names: tuple[str, ...]) -> None:
         ("far-link", False),
         ("null-co://", False),
         ("json:{'driver':'raw','file':{'driver':'file','filename':'dir/near'}}", True),
+        ("json:{'driver':'raw','offset':512,'file.filename':'dir/near'}", True),
+        ("json:{'driver':'file','filename':'dir/near'}", True),
         ("json:{'driver':'raw','file':{'driver':'null-co'}}", False),
+        ("json:{'driver':'toy','file.filename':'dir/near','backing.file.filename':'far'}", False),
+        ("json:{'driver':'raw','file.filename':'dir/near','file.locking':'off'}", False),
         ("json:{'driver':'raw','file':{'driver':'raw','file':{'driver':'file',"
          "'filename':'dir/near'}}}", False),
     ],

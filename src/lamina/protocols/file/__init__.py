@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver
+from lamina.block.filenames import plain_file
 from lamina.block.options import Type, option
 from lamina.errors import UsageError
 from lamina.records import dataclass
@@ -64,7 +65,7 @@ class FileDriver(Driver):
     creates_zeroes = True
 
     def parse_filename(self, filename: str) -> dict[str, Any]:
-        return {"filename": filename.removeprefix(PREFIX)}
+        return {"filename": plain_file(filename)}
 
     def open(self, options: FileOptions, context: OpenContext) -> Node:
         """Raises UsageError for what is no regular file, StorageError where the host refuses."""
