@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Command = Sequence[str]
+
+LAUNCHER = """
+import os, sys, time
+start = time.perf_counter()
+child = os.fork()
+if not child:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.execvp(sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(child, 0)
+print(time.perf_counter() - start, usage.ru_maxrss, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""In between, because the memory of the process that forks counts as the child's."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +46,13 @@ class Pair:
 
 def run(command: Command) -> Run:
     """Raises RuntimeError if the command fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    complaint = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {complaint.decode().strip()}")
+    launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
+    done = subprocess.run(launcher, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    seconds, peak = done.stderr.splitlines()[-1].split()
     scale = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    return Run(elapsed, usage.ru_maxrss / scale)
+    return Run(float(seconds), int(peak) / scale)
 
 
 def pair(
