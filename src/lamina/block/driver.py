@@ -8,6 +8,7 @@ sentence that QEMU prints.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lamina.records import dataclass
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.info import SnapshotInfo
     from lamina.block.node import Node
 
 
@@ -64,6 +66,8 @@ class Driver:
     """Runtime options (``block.options``)."""
     CreateOptions: type | None = None
     """Options of ``create``; None: this driver creates nothing. A field ``size`` is customary."""
+    AmendOptions: type | None = None
+    """Options of ``amend``; None: nothing can be changed in an existing image."""
     is_format = False
     supports_backing = False
     supports_compression = False
@@ -120,6 +124,59 @@ class Driver:
         raise ImageUnsupported("Operation not supported")
 
     def amend(
-        self, node: Node, options: Mapping[str, Any], progress: Callable[[float], None]
+        self, node: Node, options: Any, progress: Callable[[float], None], *, force: bool
     ) -> None:
+        """``options`` is an instance of ``AmendOptions``; None in a field: leave it as it is."""
         raise ImageUnsupported(f"Format driver '{self.name}' does not support option amendment")
+
+    # -- internal snapshots, named by id or tag ----------------------------------------------------
+
+    def create_snapshot(self, node: Node, snapshot: SnapshotInfo) -> None:
+        """Keep the state of the disk as ``snapshot``, whose id the format chooses."""
+        raise ImageUnsupported("Operation not supported")
+
+    def apply_snapshot(self, node: Node, name: str) -> None:
+        """Make the disk what it was."""
+        raise ImageUnsupported("Block driver does not support snapshots")
+
+    def delete_snapshot(self, node: Node, name: str) -> None:
+        _find_snapshot(node, name, "snapshot not found")
+        raise ImageUnsupported("Operation not supported")
+
+    def load_snapshot(self, node: Node, name: str) -> None:
+        """Show what a snapshot holds in place of the disk, from now on and for reading only."""
+        _find_snapshot(node, name, "Can't find snapshot")
+        raise ImageUnsupported("Operation not supported")
+
+    # -- dirty bitmaps kept in the image -----------------------------------------------------------
+
+    def add_bitmap(self, node: Node, name: str, granularity: int | None) -> None:
+        """A new bitmap that records; ``granularity`` in bytes, None: what suits the image."""
+        raise ImageUnsupported(
+            f"Can't store persistent bitmaps to {node.name}: Operation not supported"
+        )
+
+    def remove_bitmap(self, node: Node, name: str) -> None:
+        raise _no_bitmap(name)
+
+    def clear_bitmap(self, node: Node, name: str) -> None:
+        raise _no_bitmap(name)
+
+    def enable_bitmap(self, node: Node, name: str, enabled: bool) -> None:
+        """Start or stop recording."""
+        raise _no_bitmap(name)
+
+    def merge_bitmap(self, node: Node, name: str, source: Node, source_name: str) -> None:
+        """Add to a bitmap what another one, maybe of another image, says."""
+        raise _no_bitmap(name)
+
+
+def _find_snapshot(node: Node, name: str, message: str) -> SnapshotInfo:
+    for one in node.info().snapshots:
+        if name in (one.id, one.name):
+            return one
+    raise ImageUnsupported(message, errno=errno.ENOENT)
+
+
+def _no_bitmap(name: str) -> ImageUnsupported:
+    return ImageUnsupported(f"Dirty bitmap '{name}' not found", errno=errno.ENOENT)

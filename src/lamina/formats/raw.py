@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver, Measurement
-from lamina.block.extents import Columns, Extent, Kind
+from lamina.block.extents import Columns, Extent
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
@@ -159,13 +159,8 @@ class RawDriver(Driver):
     def measure(
         self, options: Any, source: Node | None, context: CreateContext
     ) -> Measurement:
-        if source is None:
-            size = round_up(options.size, SECTOR)
-            return Measurement(size, size)
-        holes = sum(
-            one.length for one in source.extents(0, source.size) if one.kind is Kind.ZERO
-        )
-        return Measurement(source.size - holes, source.size)
+        size = round_up(options.size if source is None else source.size, SECTOR)
+        return Measurement(size, size)
 
 
 def _check_window(options: RawOptions, real_size: int) -> None:
