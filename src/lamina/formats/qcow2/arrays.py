@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lamina.formats.qcow2.layout import COMPRESSED
+
 if TYPE_CHECKING:
     from lamina.block.node import Node
 
@@ -63,7 +65,7 @@ class TableRun(NamedTuple):
 def read_tables(file: Node, offsets: Indices, table_bytes: int) -> Iterator[TableRun]:
     """The tables at these host offsets, in this order, as many at a time as ``BATCH`` holds.
 
-    The arrays of a run are overwritten by the next one.
+    Offset 0 stands for a table of zeroes. The arrays of a run are overwritten by the next one.
     """
     step = max(BATCH // table_bytes, 1)
     buffer = bytearray(min(step, len(offsets)) * table_bytes)
@@ -84,10 +86,23 @@ def _requests(
 ) -> list[tuple[int, memoryview]]:
     """One request for each run of tables that adjoin each other in the file."""
     breaks = (np.flatnonzero(np.diff(offsets) != table_bytes) + 1).tolist()
-    return [
-        (int(offsets[start]), view[start * table_bytes : end * table_bytes])
-        for start, end in zip([0, *breaks], [*breaks, len(offsets)], strict=True)
-    ]
+    requests = []
+    for start, end in zip([0, *breaks], [*breaks, len(offsets)], strict=True):
+        part = view[start * table_bytes : end * table_bytes]
+        if offsets[start]:
+            requests.append((int(offsets[start]), part))
+        else:
+            part[:] = bytes(len(part))
+    return requests
+
+
+def compressed_places(entries: Words, cluster_bits: int) -> tuple[Words, Words]:
+    """``layout.compressed_extent`` of all these L2 entries, whether they are compressed or not."""
+    shift = 62 - (cluster_bits - 8)
+    offset = entries & np.uint64((1 << shift) - 1)
+    sectors = (entries & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)
+    length = (sectors + np.uint64(1)) * np.uint64(512) - (offset & np.uint64(511))
+    return offset, length
 
 
 # -- refcount blocks -------------------------------------------------------------------------------

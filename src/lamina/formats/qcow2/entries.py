@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lamina.formats.qcow2.arrays import Mask, Words
+from lamina.formats.qcow2.arrays import Mask, Words, compressed_places
 from lamina.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -131,11 +131,7 @@ class Entries:
 
     def encoded_places(self) -> tuple[Words, Words]:
         """(host offset, bytes at most) of all entries, as if they were compressed ones."""
-        shift = 62 - (self.header.cluster_bits - 8)
-        offset = self.words & np.uint64((1 << shift) - 1)
-        sectors = (self.words & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)
-        length = (sectors + np.uint64(1)) * np.uint64(512) - (offset & np.uint64(511))
-        return offset, length
+        return compressed_places(self.words, self.header.cluster_bits)
 
     def _each(
         self,

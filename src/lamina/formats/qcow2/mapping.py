@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lamina.block.extents import Extent, Kind
+from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Preallocation
 from lamina.engine.mapping import Mapping, Reservation
@@ -235,6 +235,11 @@ class Qcow2Mapping(Mapping):
             node = None if host < 0 else self.data_node
             extents.append(Extent(start, stop - start, kind, node, host))
         return extents
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        from lamina.formats.qcow2.columns import columns
+
+        return columns(self, offset, length)
 
     def _encoded(self, unit: int, start: int, stop: int, entry: int) -> Extent:
         host, stored = compressed_extent(entry, self.cluster_bits)

@@ -1,0 +1,145 @@
+"""The extents of a whole image as arrays: the same as ``Qcow2Mapping.resolve``, table by table.
+
+Tables are read from the file in long runs, past the cache; what the cache holds unwritten is put in
+its place. Wherever an entry breaks a rule, ``resolve`` is asked instead, which knows what to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lamina.block.extents import Columns, Kind
+from lamina.formats.qcow2.arrays import BATCH, Indices, TableRun, compressed_places, read_tables
+from lamina.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO_FLAG
+
+if TYPE_CHECKING:
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+
+def columns(mapping: Qcow2Mapping, offset: int, length: int) -> Iterator[Columns]:
+    """Extents of this guest range in pieces of bounded size. Raises ImageCorrupt."""
+    mapping.check_usable()
+    end = offset + length
+    if not length:
+        return
+    per_table = mapping.header.l2_entries << mapping.cluster_bits
+    position = offset
+    for first, places in _table_runs(mapping, offset // per_table, -(-end // per_table)):
+        if position < first * per_table:
+            yield _below(position, first * per_table - position)
+        for run in read_tables(mapping.file, places, mapping.unit):
+            start = (first + run.first) * per_table
+            stop = min(start + len(run.offsets) * per_table, end)
+            start = max(start, offset)
+            yield _piece(mapping, run, first + run.first, start, stop)
+        position = stop
+    if position < end:
+        yield _below(position, end - position)
+
+
+def _table_runs(
+    mapping: Qcow2Mapping, first: int, last: int
+) -> Iterator[tuple[int, Indices]]:
+    """(L1 index, host offsets of the L2 tables from there on): runs without long gaps.
+
+    Offset 0: no table, in a short gap. What is left out has no tables.
+    """
+    l1 = np.array(mapping.tables.l1[first:last], dtype=np.uint64)
+    places = (l1 & np.uint64(OFFSET_MASK)).view(np.int64)
+    present = np.flatnonzero(places)
+    if not len(present):
+        return
+    longest = max(BATCH >> mapping.cluster_bits, 1)
+    gaps = np.flatnonzero(np.diff(present) > longest) + 1
+    for part in np.split(present, gaps):
+        low, high = int(part[0]), int(part[-1]) + 1
+        yield first + low, places[low:high]
+
+
+def _piece(
+    mapping: Qcow2Mapping, run: TableRun, l1_index: int, start: int, stop: int
+) -> Columns:
+    """The guest range from ``start`` to ``stop``, which lies in the tables of ``run``."""
+    bits, unit = mapping.cluster_bits, mapping.unit
+    if (run.offsets & (unit - 1)).any():
+        return Columns.from_extents(mapping.resolve(start, stop - start))
+    if not mapping.read_only:
+        _put_cached(mapping, run)
+    base = l1_index * mapping.header.l2_entries
+    low, high = (start >> bits) - base, -(-stop >> bits) - base
+    entries = run.entries.reshape(-1)[low:high]
+    host = (entries & np.uint64(OFFSET_MASK)).view(np.int64)
+    # Reductions first: most images have neither compressed clusters nor zeroes.
+    union = int(np.bitwise_or.reduce(entries))
+    compressed = (entries & np.uint64(COMPRESSED)) != 0 if union & COMPRESSED else None
+    zero = (entries & np.uint64(ZERO_FLAG)) != 0 if union & ZERO_FLAG else None
+    unaligned = host & (unit - 1) != 0 if union & OFFSET_MASK & (unit - 1) else None
+    if compressed is not None:
+        zero = zero & ~compressed if zero is not None else None
+        unaligned = unaligned & ~compressed if unaligned is not None else None
+    if unaligned is not None and unaligned.any():
+        return Columns.from_extents(mapping.resolve(start, stop - start))
+    kind = np.where(host == 0, np.uint8(Kind.BELOW), np.uint8(Kind.DATA))
+    host = np.where(host == 0, -1, host)
+    stored = None
+    if zero is not None and zero.any():
+        if mapping.header.version < 3:
+            return Columns.from_extents(mapping.resolve(start, stop - start))
+        kind[zero] = Kind.ZERO
+    if compressed is not None:
+        places, lengths = compressed_places(entries, bits)
+        kind[compressed] = Kind.ENCODED
+        host = np.where(compressed, places.view(np.int64), host)
+        stored = np.where(compressed, lengths.view(np.int64), 0)
+    # A row begins where a cluster does not carry on what the one before it began.
+    step = np.where(host[:-1] >= 0, unit, 0)
+    begins = (kind[1:] != kind[:-1]) | (host[1:] != host[:-1] + step)
+    if compressed is not None:
+        begins |= compressed[1:]
+    rows = np.concatenate(([0], np.flatnonzero(begins) + 1))
+    guest = (rows + (base + low)) << bits
+    kind, host = kind[rows], host[rows]
+    # The range may begin and end within a cluster.
+    cut = start - int(guest[0])
+    guest[0] = start
+    if host[0] >= 0 and kind[0] != Kind.ENCODED:
+        host[0] += cut
+    return Columns(
+        guest,
+        np.diff(np.append(guest, stop)),
+        kind,
+        host,
+        np.zeros(len(rows), np.int64) if stored is None else stored[rows],
+        (host >= 0).astype(np.uint8),
+        (None, mapping.data_node),
+    )
+
+
+def _put_cached(mapping: Qcow2Mapping, run: TableRun) -> None:
+    """Tables in memory may be ahead of those in the file."""
+    tables = mapping.tables
+    words = tables.slice_bytes // 8
+    for row, offset in enumerate(run.offsets.tolist()):
+        if not offset:
+            continue
+        for number in range(mapping.unit // tables.slice_bytes):
+            cached = tables.cache.find(offset + number * tables.slice_bytes)
+            if cached is not None:
+                part = np.frombuffer(cached, dtype=">u8")
+                run.entries[row, number * words : (number + 1) * words] = part
+
+
+def _below(start: int, length: int) -> Columns:
+    """A range without tables."""
+    return Columns(
+        np.array([start], np.int64),
+        np.array([length], np.int64),
+        np.array([Kind.BELOW], np.uint8),
+        np.array([-1], np.int64),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.uint8),
+        (None,),
+    )
