@@ -136,9 +136,12 @@ class Disk(Node):
                 return
             node = mapping.data_node
             node.event("read_aio")
-            node.readv(
-                [(place, buffer) for place, (_, buffer) in zip(places, requests, strict=True)]
-            )
+            if len(places) == 1:
+                node.readv([(places[0], requests[0][1])])
+            else:
+                node.readv(
+                    [(place, request[1]) for place, request in zip(places, requests, strict=False)]
+                )
         finally:
             self.pins.leave(token)
 
@@ -200,6 +203,11 @@ class Disk(Node):
         with self.lock:
             return self.mapping.resolve(offset, length)
 
+    def uses_more_than(self, length: int) -> bool:
+        with self.lock:
+            answer = self.mapping.uses_more_than(length)
+        return super().uses_more_than(length) if answer is None else answer
+
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         pieces = self.mapping.columns(offset, length)
         while True:
@@ -240,6 +248,10 @@ class Disk(Node):
                 self.ranges.release(hold)
 
     # -- VM state --------------------------------------------------------------------------------
+
+    @property
+    def vmstate_offset(self) -> int:
+        return self.mapping.vmstate_offset
 
     def read_vmstate(self, offset: int, buffer: memoryview) -> None:
         self.file.event("vmstate_load")

@@ -4,6 +4,7 @@ Requests that change an allocation unit (writes that allocate, zero, discard) ar
 writes into places that exist already share it. Reads take no range at all: a read that resolved an
 extent *pins* the state of the tables it saw, and space that lost its name meanwhile is given away
 only when no such read is left. A read therefore never waits for a write, nor a discard for a read.
+Writes need no pin: what they write to, or copy from, belongs to units that they hold.
 
 Both live under the disk's metadata lock, which is held anyway where they are needed: they cost no
 lock of their own. Waiting for a range releases it.

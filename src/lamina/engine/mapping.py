@@ -158,6 +158,10 @@ class Mapping(ABC):
     def discard(self, offset: int, length: int) -> None:
         """Whole units are no longer needed. Never exposes other old content."""
 
+    def uses_more_than(self, length: int) -> bool | None:
+        """Whether more bytes than this of the file are allocated; None: nobody counts them."""
+        return None
+
     # -- the whole -------------------------------------------------------------------------------
 
     def truncate(

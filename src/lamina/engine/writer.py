@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
@@ -26,6 +27,7 @@ from lamina.units import round_down, round_up
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
     from lamina.engine.disk import Disk
+    from lamina.engine.locks import Spans
     from lamina.engine.mapping import Piece, Reservation
 
 COPY_AHEAD = 32 << 20
@@ -60,38 +62,43 @@ class Writer:
     # -- plain writes ----------------------------------------------------------------------------
 
     def write(self, requests: Sequence[WriteRequest]) -> None:
+        unit = self.disk.mapping.unit
         if len(requests) == 1:
-            self._write_round(requests)
+            offset, data = requests[0]
+            end = offset + len(data)
+            self._write_round(requests, [(offset & -unit, (end + unit - 1) & -unit)])
             return
-        requests = sorted((request for request in requests if len(request[1])), key=_offset)
+        requests = sorted([request for request in requests if len(request[1])], key=_offset)
         if not requests:
             return
-        unit = self.disk.mapping.unit
-        overlapping, sharing = _conflicts(requests, unit)
+        units, overlapping, sharing = layout(requests, unit)
         crowded = sharing or len(requests) * unit > COPY_AHEAD
-        if overlapping or (crowded and not self._write_round(requests, in_place_only=True)):
+        if overlapping or not self._write_round(requests, units, in_place_only=crowded):
             for part in rounds(requests, unit):
-                self._write_round(part)
-        elif not crowded:
-            self._write_round(requests)
+                self._write_round(part, layout(part, unit)[0])
 
     def _write_round(
-        self, requests: Sequence[WriteRequest], *, in_place_only: bool = False
+        self,
+        requests: Sequence[WriteRequest],
+        units: Spans,
+        *,
+        in_place_only: bool = False,
     ) -> bool:
         """Write requests that are in order and share no unit unless they adjoin.
 
-        ``in_place_only``: they may share units; nothing is done, and False returned, unless all of
-        their places are allocated.
+        ``units``: what they touch. ``in_place_only``: they may share units; nothing is done, and
+        False returned, unless all of their places are allocated.
         """
         disk = self.disk
         mapping = disk.mapping
-        reservation: Reservation | None = None
         with disk.lock:
-            hold = disk.ranges.acquire(spans(requests, mapping.unit), writing=True)
+            hold = disk.ranges.acquire(units, writing=True)
             try:
-                self.open_gate()
+                if not self._gate_open:
+                    self.open_gate()
                 places = mapping.locate_for_writing(requests)
                 if places is not None and -1 not in places:
+                    reservation = None
                     disk.ranges.share(hold)
                 elif in_place_only:
                     disk.ranges.release(hold)
@@ -101,31 +108,37 @@ class Writer:
                     copies = self._plan_copies(reservation)
                     if copies is None:
                         disk.ranges.share(hold)
-                token = disk.pins.enter()
             except BaseException:
                 disk.ranges.release(hold)
                 raise
+        if reservation is None:
+            assert places is not None
+            try:
+                self._write_places(places, requests)
+            finally:
+                with disk.lock:
+                    disk.ranges.release(hold)
+            return True
         done = False
         try:
-            if reservation is not None:
-                if copies is not None:
-                    copies.read()
-                self._write_pieces(reservation.pieces, requests, copies)
-            elif places is not None:
-                disk.file.event("write_aio")
-                mapping.data_node.writev(
-                    [(place, data) for place, (_, data) in zip(places, requests, strict=True)]
-                )
+            if copies is not None:
+                copies.read()
+            self._write_pieces(reservation.pieces, requests, copies)
             done = True
         finally:
-            disk.pins.leave(token)
             with disk.lock:
                 try:
-                    if reservation is not None:
-                        self._conclude(reservation, done)
+                    self._conclude(reservation, done)
                 finally:
                     disk.ranges.release(hold)
         return True
+
+    def _write_places(self, places: Sequence[int], requests: Sequence[WriteRequest]) -> None:
+        """Requests that have one place each, known to be theirs."""
+        disk = self.disk
+        disk.file.event("write_aio")
+        writes = [(place, request[1]) for place, request in zip(places, requests, strict=False)]
+        disk.mapping.data_node.writev(writes)
 
     def _plan_copies(self, reservation: Reservation) -> Copies | None:
         """What the pieces want copied; None if all of them are written in place."""
@@ -363,22 +376,32 @@ class Writer:
 # -- planning: plain functions of requests -------------------------------------------------------
 
 
-def _offset(request: WriteRequest) -> int:
-    return request[0]
+_offset = itemgetter(0)
 
 
-def _conflicts(requests: Sequence[WriteRequest], unit: int) -> tuple[bool, bool]:
-    """Whether sorted requests overlap; whether some share a unit without adjoining."""
-    sharing = False
-    end = -unit
+def layout(
+    requests: Sequence[WriteRequest], unit: int
+) -> tuple[list[tuple[int, int]], bool, bool]:
+    """Of sorted requests: the units that they touch, as (start, end); whether some overlap; whether
+    some share a unit without adjoining."""
+    units: list[tuple[int, int]] = []
+    overlapping = sharing = False
+    mask = -unit
+    end = start = stop = -1
     for offset, data in requests:
         if offset != end:
             if offset < end:
-                return True, True
-            if offset // unit == (end - 1) // unit:
+                overlapping = True
+            if offset < stop:
                 sharing = True
-        end = offset + len(data)
-    return False, sharing
+        if offset > stop:
+            if stop > start:
+                units.append((start, stop))
+            start = offset & mask
+        end = max(end, offset + len(data))
+        stop = end + unit - 1 & mask
+    units.append((start, stop))
+    return units, overlapping, sharing
 
 
 def rounds(requests: Sequence[WriteRequest], unit: int) -> Iterator[list[WriteRequest]]:
@@ -399,23 +422,6 @@ def rounds(requests: Sequence[WriteRequest], unit: int) -> Iterator[list[WriteRe
                 later.append(request)
         yield group
         waiting = later
-
-
-def spans(requests: Sequence[WriteRequest], unit: int) -> list[tuple[int, int]]:
-    """The units that sorted requests touch, as (start, end)."""
-    result: list[tuple[int, int]] = []
-    start = end = -1
-    for offset, data in requests:
-        first = offset // unit * unit
-        last = -(-(offset + len(data)) // unit) * unit
-        if first <= end:
-            end = max(end, last)
-            continue
-        if end > 0:
-            result.append((start, end))
-        start, end = first, last
-    result.append((start, end))
-    return result
 
 
 def _merged(requests: Sequence[WriteRequest]) -> list[tuple[int, int]]:

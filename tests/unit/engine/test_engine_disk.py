@@ -9,12 +9,14 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.node import NodeOptions
 from lamina.engine.disk import Disk
-from lamina.engine.writer import rounds
+from lamina.engine.writer import layout, rounds
 from lamina.errors import ImageCorrupt, ImageUnsupported, StorageError
 from lamina.testing import sample
 from lamina.testing.context import NodesContext
@@ -608,3 +610,20 @@ def test_threads_discarding_and_compressing_whole_units() -> None:
     for offset, data in final.items():
         assert disk.read(offset, UNIT) == data
     checked(disk)
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 90)), min_size=1, max_size=20))
+def test_layout_agrees_with_sets(parts: list[tuple[int, int]]) -> None:
+    unit = 16
+    requests = sorted((offset, b"x" * length) for offset, length in parts)
+    units, overlapping, sharing = layout(requests, unit)
+    touched = {at // unit for offset, data in requests for at in range(offset, offset + len(data))}
+    assert {n for start, end in units for n in range(start // unit, end // unit)} == touched
+    assert all(one[1] <= two[0] for one, two in pairwise(units))
+    taken = [at for offset, data in requests for at in range(offset, offset + len(data))]
+    assert overlapping == (len(taken) != len(set(taken)))
+    if not overlapping:
+        assert sharing == any(
+            offset + len(data) < following and (offset + len(data) - 1) // unit == following // unit
+            for (offset, data), (following, _) in pairwise(requests)
+        )
