@@ -234,6 +234,11 @@ class Node(ABC):
 
     # VM state, for formats with internal snapshots -----------------------------------------------
 
+    @property
+    def vmstate_offset(self) -> int:
+        """Address behind the disk at which VM state begins; 0: this node keeps none."""
+        return 0
+
     def read_vmstate(self, offset: int, buffer: memoryview) -> None:
         raise ImageUnsupported("Operation not supported")
 

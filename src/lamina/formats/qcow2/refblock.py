@@ -7,6 +7,7 @@ are packed into bytes, the first entry in the lowest bits.
 from __future__ import annotations
 
 import re
+from array import array
 
 MAX_COUNT = (1 << 63) - 1
 """What QEMU takes as the highest 64-bit count."""
@@ -141,7 +142,7 @@ class Width:
     def count_used(self, block: bytearray) -> int:
         """Entries that are not zero."""
         if self.bytes:
-            entries = memoryview(block).cast("BHIQ"[self.bytes.bit_length() - 1]).tolist()
+            entries = array("BHIQ"[self.bytes.bit_length() - 1], bytes(block))
             return len(entries) - entries.count(0)
         return sum(block.count(byte) * self._used_entries(byte) for byte in set(block))
 
