@@ -14,6 +14,7 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import Refused, StorageError, UsageError
+from lamina.records import replace
 
 if TYPE_CHECKING:
     from lamina.block.extents import Extent
@@ -79,7 +80,7 @@ class Backend:
         names; ``inspect``, ``check`` and ``backing`` as for ``block.opening.open_node``. Without
         ``perm`` the user reads, and writes if ``writable``, and resizes if ``resize``; without
         ``shared`` it tolerates everything in others. With ``copy_on_read`` what is read from
-        backing files is kept in the image (``block.copy_on_read``).
+        backing files is kept in the image, by a filter of that name on top.
         """
         from lamina.block.cache_modes import cache_mode
         from lamina.block.opening import open_node
@@ -117,13 +118,9 @@ class Backend:
                 perm |= Perm.WRITE
                 if resize:
                     perm |= Perm.RESIZE
+        guessed_raw = node.options.probed and node.driver == "raw" and not node.read_only
         if copy_on_read:
-            if node.read_only:
-                _close_unused(node)
-                raise UsageError("Can't enable copy-on-read on read-only device")
-            from lamina.block.copy_on_read import CopyOnReadBackend
-
-            cls = CopyOnReadBackend
+            node = _copying_on_read(node, session)
         try:
             backend = cls(
                 node,
@@ -134,8 +131,8 @@ class Backend:
         except BaseException:
             _close_unused(node)
             raise
-        if node.options.probed and node.driver == "raw" and not node.read_only:
-            session.warn(_GUESSED_RAW.format(node.filename).rstrip("\n"))
+        if guessed_raw:
+            session.warn(_GUESSED_RAW.format(node.unfiltered.filename).rstrip("\n"))
         return backend
 
     def _refresh(self) -> None:
@@ -147,7 +144,8 @@ class Backend:
         if detect != "off":
             self._zero_flags = WriteFlags.MAY_UNMAP if detect == "unmap" else WriteFlags.NONE
         # A raw image whose format was guessed must not turn into something else: block 0.
-        self._guarded = node.options.probed and node.driver == "raw"
+        below = node.unfiltered
+        self._guarded = below.options.probed and below.driver == "raw"
         self._plain_writes = not (
             self._guarded or self._writethrough or self._zero_flags is not None
         )
@@ -336,6 +334,25 @@ class Backend:
 def _close_unused(node: Node) -> None:
     if not node.users:
         node.close()
+
+
+def _copying_on_read(node: Node, session: Session) -> Node:
+    """The filter that keeps what is read from backing files, put on top of ``node``."""
+    from lamina.block.opening import open_node
+
+    try:
+        if node.read_only:
+            raise UsageError("Can't use copy-on-read on read-only device")
+        if not node.options.node_name:
+            session.add_node(node)
+        return open_node(
+            {"driver": "copy-on-read", "file": node.name},
+            session=session,
+            defaults=replace(node.options, node_name="", probed=False),
+        )
+    except BaseException:
+        _close_unused(node)
+        raise
 
 
 def _read_only() -> Refused:

@@ -29,6 +29,7 @@ _PROTOCOLS = {
 
 _FILTERS = {
     "blkdebug": "lamina.filters.blkdebug:DRIVER",
+    "copy-on-read": "lamina.filters.copy_on_read:DRIVER",
     "preallocate": "lamina.filters.preallocate:DRIVER",
 }
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.block.backend import Backend
-from lamina.block.copy_on_read import CopyOnReadBackend
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
@@ -342,20 +341,6 @@ class Overlay(Recorder):
         ]
 
 
-def test_copy_on_read_copies_whole_units_that_are_not_here() -> None:
-    node = Overlay(NodeOptions(read_only=False), size=4000)
-    node.data[2100] = 1
-    one = CopyOnReadBackend(node, perm=READ_WRITE)
-    assert one.read(1000, 2500)[1100] == 1
-    assert node.calls == [
-        ("zero", 0, 1024, WriteFlags.UNCHANGED),
-        ("write", 2048, 1024, WriteFlags.UNCHANGED),
-        ("zero", 3072, 928, WriteFlags.UNCHANGED),
-    ]
-    with pytest.raises(StorageError):
-        one.read(4000, 1)
-
-
 def test_copy_on_read_needs_to_write(disk: str) -> None:
-    with pytest.raises(UsageError, match="Can't enable copy-on-read on read-only device"):
+    with pytest.raises(UsageError, match="Can't use copy-on-read on read-only device"):
         Backend.open(disk, session=Session(), copy_on_read=True)

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 
 from lamina.tools.arguments import Option
 from lamina.tools.tool import EXIT_OK, Tool
-
-COMPATIBLE_WITH = "10.0.2"
-"""The release of QEMU whose tools these behave as; scripts ask for it."""
-
-
-def version_line(tool: Tool) -> str:
-    from importlib.metadata import version
-
-    return f"{tool.name} version {COMPATIBLE_WITH} (Lamina {version('lamina')})"
+from lamina.tools.version import version_line
 
 
 def show(tool: Tool, help_wanted: bool) -> int:
