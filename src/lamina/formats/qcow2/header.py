@@ -65,6 +65,7 @@ def mark_repaired(mapping: Qcow2Mapping) -> None:
     """A check found nothing wrong any more: neither dirty nor corrupt. Durable on return."""
     header = mapping.header
     header.incompatible_features &= ~(INCOMPAT_DIRTY | INCOMPAT_CORRUPT)
+    header.autoclear_features &= AUTOCLEAR_KNOWN
     mapping.metadata.lazy_counts = False
     if header.version >= 3:
         mapping.metadata.commit(counts=True)

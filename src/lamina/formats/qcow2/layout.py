@@ -377,7 +377,7 @@ class Header:
         names: dict[int, str] = {}
         for type, data, _ in extensions:
             if type == EXT_FEATURE_NAMES:
-                for start in range(0, len(data) - 47, 48):
+                for start in range(0, len(data) - 2, 48):
                     if data[start] == 0 and data[start + 1] < 64:
                         text = _text(data[start + 2 : start + 48].split(b"\0")[0])
                         names.setdefault(data[start + 1], text)
