@@ -76,8 +76,9 @@ class Backend:
         """Open a file name, ``json:{…}``, an option string (``image_opts``) or options.
 
         ``format`` is the driver to use rather than the guessed one; ``cache`` a word of
-        ``block.cache_modes``; ``discard`` and ``detect_zeroes`` are the generic options of these
-        names; ``inspect``, ``check`` and ``backing`` as for ``block.opening.open_node``. Without
+        ``block.cache_modes``; ``discard`` and ``detect_zeroes`` are what the generic options of
+        these names are unless ``options`` say otherwise; ``inspect``, ``check`` and ``backing`` as
+        for ``block.opening.open_node``. Without
         ``perm`` the user reads, and writes if ``writable``, and resizes if ``resize``; without
         ``shared`` it tolerates everything in others. With ``copy_on_read`` what is read from
         backing files is kept in the image, by a filter of that name on top.
@@ -93,16 +94,14 @@ class Backend:
             reference = parse_keyvalue(str(reference), "file", warn=session.warn)
         if format is not None:
             extra["driver"] = format
-        if discard is not None:
-            extra["discard"] = discard
-        if detect_zeroes is not None:
-            extra["detect-zeroes"] = detect_zeroes
         defaults = NodeOptions(
             read_only=not writable,
             force_share=force_share,
             direct=mode.direct,
             no_flush=mode.no_flush,
         )
+        if discard is not None or detect_zeroes is not None:
+            defaults = _with_zero_modes(defaults, discard, detect_zeroes)
         node = open_node(
             reference,
             session=session,
@@ -320,6 +319,27 @@ class Backend:
             self._writethrough = writethrough
         self._refresh()
 
+    def reopen_with(self, options: Mapping[str, Any], *, writethrough: bool | None = None) -> None:
+        """Change runtime options (``block.reopening``), ``read-only`` included."""
+        from lamina.block.options import Spec, Type, convert
+        from lamina.block.reopening import change_options
+
+        rest = dict(options)
+        writable = self._writable
+        if "read-only" in rest:
+            read_only = convert(Spec("read-only", Type.BOOL, ""), rest.pop("read-only"))
+            if read_only == writable:
+                self.reopen(writable=not read_only)
+        try:
+            change_options(self.node, rest)
+        except BaseException:
+            if writable != self._writable:
+                self.reopen(writable=writable)
+            raise
+        if writethrough is not None:
+            self._writethrough = writethrough
+        self._refresh()
+
     def close(self) -> None:
         """End this use; the last user's end closes the node. Closing twice is harmless."""
         self._attachment.detach()
@@ -329,6 +349,17 @@ class Backend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _with_zero_modes(
+    defaults: NodeOptions, discard: str | None, detect_zeroes: str | None
+) -> NodeOptions:
+    from lamina.block.opening import generic_options
+
+    words = {"discard": discard, "detect-zeroes": detect_zeroes}
+    given = {key: word for key, word in words.items() if word is not None}
+    settings, _ = generic_options(given, defaults)
+    return settings
 
 
 def _close_unused(node: Node) -> None:

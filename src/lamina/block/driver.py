@@ -12,7 +12,7 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lamina.errors import ImageUnsupported
+from lamina.errors import ImageUnsupported, UsageError
 from lamina.records import dataclass
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ class Driver:
 
     def open(self, options: Any, context: OpenContext) -> Node:
         raise NotImplementedError
+
+    def reconfigure(self, node: Node, changes: Mapping[str, Any]) -> None:
+        """Change some of ``Options`` of an open node, all of them or, raising UsageError, none."""
+        for key in changes:
+            raise UsageError(f"Cannot change the option '{key}'", field=key)
 
     def parse_filename(self, filename: str) -> dict[str, Any]:
         """Options out of ``prefix:rest`` or a URI; only for protocols. Raises UsageError."""

@@ -128,7 +128,7 @@ class Opener:
             raise UsageError("Must specify either driver or file")
         if filename is not None:
             _name_child(options, filename)
-        settings, _ = _generic(dict(options), defaults)
+        settings, _ = generic_options(dict(options), defaults)
         file = self.child("file", options, _below_format(settings), chain)
         try:
             name = _probe(file)
@@ -151,7 +151,7 @@ class Opener:
         probed: bool = False,
     ) -> Node:
         driver = registry.driver(name)
-        settings, options = _generic(options, defaults)
+        settings, options = generic_options(options, defaults)
         if settings.node_name:
             self.session.check_name(settings.node_name)
         shown = options.get("filename") or (file.filename if file else filename) or ""
@@ -334,7 +334,7 @@ class Context:
 # -- options -----------------------------------------------------------------------------------
 
 
-def _generic(
+def generic_options(
     options: dict[str, Any], defaults: NodeOptions
 ) -> tuple[NodeOptions, dict[str, Any]]:
     """The options that every node has, and the others."""

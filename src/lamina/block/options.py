@@ -83,7 +83,8 @@ def parse(cls: type[T], given: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
     for key, value in given.items():
         if key in by_key:
             name, spec = by_key[key]
-            fields[name] = convert(spec, value)
+            if value is not None:  # JSON's null: as if it were not there
+                fields[name] = convert(spec, value)
         else:
             unknown[key] = value
     return cls(**fields), unknown

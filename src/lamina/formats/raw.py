@@ -8,7 +8,7 @@ as its own.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver, Measurement
@@ -16,7 +16,7 @@ from lamina.block.extents import Columns, Extent
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
-from lamina.block.options import Type, option
+from lamina.block.options import Type, option, parse
 from lamina.errors import ImageUnsupported, StorageError, UsageError
 from lamina.records import dataclass
 from lamina.units import SECTOR, round_up
@@ -46,12 +46,24 @@ class RawNode(Node):
     def __init__(self, options: NodeOptions, file: Node, offset: int, size: int | None) -> None:
         super().__init__(options)
         self._file = file
+        self.set_window(offset, size)
+
+    def set_window(self, offset: int, size: int | None) -> None:
+        """``size`` None: to the end of the file, wherever that is."""
         self._offset = offset
         self._window = size
-        if offset == 0 and size is None and type(file).event is Node.event:
+        shortcuts = {"readv": self._file.readv, "writev": self._file.writev}
+        if offset == 0 and size is None and type(self._file).event is Node.event:
             # The usual case: a call to us is a call to the file, at no cost.
-            self.readv = file.readv  # type: ignore[method-assign]
-            self.writev = file.writev  # type: ignore[method-assign]
+            self.__dict__.update(shortcuts)
+        else:
+            for name in shortcuts:
+                self.__dict__.pop(name, None)
+
+    @property
+    def window(self) -> tuple[int, int | None]:
+        """Offset and size as they were given."""
+        return self._offset, self._window
 
     @property
     def size(self) -> int:
@@ -66,7 +78,7 @@ class RawNode(Node):
 
     def info(self) -> NodeInfo:
         below = self._file.info()
-        return NodeInfo(self.filename, "raw", self.size, below.actual_size)
+        return NodeInfo(self.filename, "raw", self.size, below.actual_size, dirty=below.dirty)
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -94,6 +106,7 @@ class RawNode(Node):
             raise StorageError.from_errno(errno.ENOSPC)
 
     def _discard(self, offset: int, length: int) -> None:
+        self._check_room(offset, length)
         self._file.discard(offset + self._offset, length)
 
     def copy_range_from(
@@ -149,6 +162,15 @@ class RawDriver(Driver):
         node = RawNode(context.node_options, file, options.offset, options.size)
         node.attach("file", file)
         return node
+
+    def reconfigure(self, node: Node, changes: Mapping[str, Any]) -> None:
+        assert isinstance(node, RawNode)
+        offset, size = node.window
+        options: RawOptions
+        options, unknown = parse(RawOptions, {"offset": offset, "size": size, **changes})
+        super().reconfigure(node, unknown)
+        _check_window(options, node.file.size)
+        node.set_window(options.offset, options.size)
 
     def new_file_size(self, options: Any) -> int:
         return round_up(options.size, SECTOR)

@@ -344,3 +344,54 @@ class Overlay(Recorder):
 def test_copy_on_read_needs_to_write(disk: str) -> None:
     with pytest.raises(UsageError, match="Can't use copy-on-read on read-only device"):
         Backend.open(disk, session=Session(), copy_on_read=True)
+
+
+# -- options of open nodes -------------------------------------------------------------------------
+
+
+def test_options_change_while_the_image_is_open(disk: str) -> None:
+    session = Session(warn=print)
+    with Backend.open(disk, session=session, format="raw", writable=True) as one:
+        one.write(512, b"here")
+        one.reopen_with({"offset": "512", "size": 1024})
+        assert (one.size, one.read(0, 4)) == (1024, b"here")
+        one.reopen_with({"driver": "raw", "size": 2048, "file": {"filename": disk}})
+        assert (one.size, one.read(0, 4)) == (2048, b"here")
+        one.reopen_with({"discard": "unmap", "detect-zeroes": "unmap"}, writethrough=True)
+        assert one.node.options.unmap
+        one.write(0, bytes(4))
+        one.reopen_with({"read-only": True})
+        assert one.node.file.read_only
+        with pytest.raises(Refused):
+            one.write(0, b"x")
+        one.reopen_with({"read-only": "off", "offset": 0, "file.cache.no-flush": "on"})
+        assert one.node.file.options.no_flush
+        one.write(0, b"x")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"foo": 1}, "Cannot change the option 'foo'"),
+        ({"driver": "qcow2"}, "Cannot change the option 'driver'"),
+        ({"node-name": "x"}, "Cannot change the option 'node-name'"),
+        ({"file.filename": "x"}, "Cannot change the option 'filename'"),
+        ({"file.locking": "off"}, "Cannot change the option 'locking'"),
+        ({"file.foo": 1}, "Cannot change the option 'foo'"),
+        ({"cache.direct": "on"}, "Cannot change the option 'cache.direct'"),
+        ({"cache.foo": "on"}, "Cannot change the option 'cache.foo'"),
+        ({"discard": "foo"}, "Invalid discard option"),
+        ({"read-only": "foo"}, "Parameter 'read-only' expects 'on' or 'off'"),
+        ({"offset": "2M"}, "Offset (2097152) cannot be greater than size of the containing file "
+         "(4096)"),
+        ({"size": "1000"}, "Specified size is not multiple of 512"),
+        ({"read-only": "on", "size": "1000"}, "Specified size is not multiple of 512"),
+    ],
+)
+def test_options_that_cannot_change(disk: str, options: dict[str, object], error: str) -> None:
+    with Backend.open(disk, session=Session(), format="raw", writable=True) as one:
+        with pytest.raises(UsageError) as caught:
+            one.reopen_with(options)
+        assert str(caught.value) == error
+        assert one.size == 4096
+        one.write(0, b"x")
