@@ -14,6 +14,7 @@ from lamina.tools.arguments import (
     QUIET,
     Option,
     WrongUsage,
+    parse,
 )
 from lamina.tools.img.command import Command
 from lamina.tools.opening import check_format_options, open_given
@@ -78,9 +79,15 @@ def run(arguments: list[str], tool: Tool) -> int:
 
 
 def _protect_negative_size(arguments: list[str]) -> list[str]:
-    """``-1M`` as the last argument is a size, although it looks like options."""
-    if len(arguments) > 1 and arguments[-1][:1] == "-" and arguments[-1][1:2].isdigit():
-        return arguments if "--" in arguments else [*arguments[:-1], "--", arguments[-1]]
+    """``-1M`` behind the name of the image is a size, although it looks like options."""
+    *others, last = arguments or [""]
+    if (
+        last[:1] == "-"
+        and last[1:2].isdigit()
+        and "--" not in others
+        and len(parse(others, COMMAND.options, stop_at=("help",)).operands) == 1
+    ):
+        return [*others, "--", last]
     return arguments
 
 
