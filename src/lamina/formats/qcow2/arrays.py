@@ -7,15 +7,17 @@ nothing is trusted: what lies behind the end of the file reads as zeroes, as it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lamina.formats.qcow2.layout import COMPRESSED
+from lamina.formats.qcow2.layout import COMPRESSED, COPIED, INCOMPAT_DATA_FILE, OFFSET_MASK
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
+    from lamina.formats.qcow2.layout import Header
 
 Words = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
@@ -94,6 +96,35 @@ def _requests(
         else:
             part[:] = bytes(len(part))
     return requests
+
+
+def straight_tables(entries: Words, header: Header, file_size: int) -> Mask:
+    """Which of these L2 tables are full of sound data clusters, each right behind the one before.
+
+    Images that were filled in order are made of such tables, and one entry stands for all of one.
+    """
+    first = entries[:, 0]
+    if header.extended_l2 or header.incompatible_features & INCOMPAT_DATA_FILE:
+        return np.zeros(len(first), dtype=np.bool_)
+    size = header.cluster_size
+    span = np.uint64((header.l2_entries - 1) * size)
+    offset = first & np.uint64(OFFSET_MASK)
+    straight: Mask = (entries[:, -1] - first == span) & (offset + span < np.uint64(file_size))
+    straight &= (offset != 0) & ((offset & np.uint64(size - 1)) == 0)
+    straight &= (first & np.uint64(~(OFFSET_MASK | COPIED) & (1 << 64) - 1)) == 0
+    if straight.all():
+        every: Mask = (entries - first[:, None] == _ramp(header.l2_entries, size)).all(axis=1)
+        return every
+    for row in np.flatnonzero(straight).tolist():
+        # One by one: picking rows would copy them.
+        straight[row] = (entries[row] - first[row] == _ramp(header.l2_entries, size)).all()
+    return straight
+
+
+@lru_cache(maxsize=2)
+def _ramp(count: int, step: int) -> Words:
+    """0, step, 2 · step, …"""
+    return np.arange(0, count * step, step, dtype=np.uint64)
 
 
 def compressed_places(entries: Words, cluster_bits: int) -> tuple[Words, Words]:

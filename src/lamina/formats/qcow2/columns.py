@@ -7,37 +7,87 @@ its place. Wherever an entry breaks a rule, ``resolve`` is asked instead, which 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from lamina.block.extents import Columns, Kind
-from lamina.formats.qcow2.arrays import BATCH, Indices, TableRun, compressed_places, read_tables
+from lamina.formats.qcow2.arrays import (
+    BATCH,
+    Indices,
+    TableRun,
+    compressed_places,
+    read_tables,
+    straight_tables,
+)
 from lamina.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO_FLAG
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
+_ROWS = 1 << 16
+"""Rows of a piece, more or less."""
+
+
+class _Rows(NamedTuple):
+    """Rows without their lengths: each ends where the next one begins."""
+
+    guest: Indices
+    kind: npt.NDArray[np.uint8]
+    host: Indices
+    stored: Indices
+
 
 def columns(mapping: Qcow2Mapping, offset: int, length: int) -> Iterator[Columns]:
     """Extents of this guest range in pieces of bounded size. Raises ImageCorrupt."""
     mapping.check_usable()
-    end = offset + length
-    if not length:
-        return
+    held: list[_Rows] = []
+    count, end = 0, offset + length
+    for rows in _rows(mapping, offset, end):
+        if count >= _ROWS:
+            yield _joined(mapping, held, int(rows.guest[0]))
+            held, count = [], 0
+        held.append(rows)
+        count += len(rows.guest)
+    if held:
+        yield _joined(mapping, held, end)
+
+
+def _joined(mapping: Qcow2Mapping, held: list[_Rows], end: int) -> Columns:
+    """All these rows, those joined that go on where the one before ends."""
+    guest, kind, host, stored = (np.concatenate(column) for column in zip(*held, strict=True))
+    length = np.diff(guest, append=end)
+    expected = np.where(host[:-1] >= 0, host[:-1] + length[:-1], -1)
+    begins = (kind[1:] != kind[:-1]) | (host[1:] != expected) | (kind[1:] == Kind.ENCODED)
+    keep = np.append(True, begins)
+    guest, host = guest[keep], host[keep]
+    placed = (host >= 0).astype(np.uint8)
+    return Columns(
+        guest,
+        np.diff(guest, append=end),
+        kind[keep],
+        host,
+        stored[keep],
+        placed,
+        (None, mapping.data_node),
+    )
+
+
+def _rows(mapping: Qcow2Mapping, offset: int, end: int) -> Iterator[_Rows]:
     per_table = mapping.header.l2_entries << mapping.cluster_bits
     position = offset
     for first, places in _table_runs(mapping, offset // per_table, -(-end // per_table)):
         if position < first * per_table:
-            yield _below(position, first * per_table - position)
+            yield _below(position)
         for run in read_tables(mapping.file, places, mapping.unit):
             start = (first + run.first) * per_table
-            stop = min(start + len(run.offsets) * per_table, end)
-            start = max(start, offset)
-            yield _piece(mapping, run, first + run.first, start, stop)
-        position = stop
+            position = min(start + len(run.offsets) * per_table, end)
+            yield _rows_of_tables(
+                mapping, run, first + run.first, max(start, offset), position
+            )
     if position < end:
-        yield _below(position, end - position)
+        yield _below(position)
 
 
 def _table_runs(
@@ -59,18 +109,23 @@ def _table_runs(
         yield first + low, places[low:high]
 
 
-def _piece(
+def _rows_of_tables(
     mapping: Qcow2Mapping, run: TableRun, l1_index: int, start: int, stop: int
-) -> Columns:
+) -> _Rows:
     """The guest range from ``start`` to ``stop``, which lies in the tables of ``run``."""
     bits, unit = mapping.cluster_bits, mapping.unit
     if (run.offsets & (unit - 1)).any():
-        return Columns.from_extents(mapping.resolve(start, stop - start))
+        return _resolved(mapping, start, stop)
     if not mapping.read_only:
         _put_cached(mapping, run)
     base = l1_index * mapping.header.l2_entries
     low, high = (start >> bits) - base, -(-stop >> bits) - base
-    entries = run.entries.reshape(-1)[low:high]
+    if straight_tables(run.entries, mapping.header, 1 << 62).all():
+        rows = np.arange(0, high, mapping.header.l2_entries)
+        rows = np.maximum(rows[low // mapping.header.l2_entries :], low)
+    else:
+        rows = np.arange(low, high)
+    entries = run.entries.reshape(-1)[rows]
     host = (entries & np.uint64(OFFSET_MASK)).view(np.int64)
     # Reductions first: most images have neither compressed clusters nor zeroes.
     union = int(np.bitwise_or.reduce(entries))
@@ -78,44 +133,34 @@ def _piece(
     zero = (entries & np.uint64(ZERO_FLAG)) != 0 if union & ZERO_FLAG else None
     unaligned = host & (unit - 1) != 0 if union & OFFSET_MASK & (unit - 1) else None
     if compressed is not None:
-        zero = zero & ~compressed if zero is not None else None
-        unaligned = unaligned & ~compressed if unaligned is not None else None
+        # Such an entry has its bits to itself.
+        zero = None if zero is None else zero & ~compressed
+        unaligned = None if unaligned is None else unaligned & ~compressed
     if unaligned is not None and unaligned.any():
-        return Columns.from_extents(mapping.resolve(start, stop - start))
+        return _resolved(mapping, start, stop)
     kind = np.where(host == 0, np.uint8(Kind.BELOW), np.uint8(Kind.DATA))
     host = np.where(host == 0, -1, host)
-    stored = None
+    stored = np.zeros(len(host), np.int64)
     if zero is not None and zero.any():
         if mapping.header.version < 3:
-            return Columns.from_extents(mapping.resolve(start, stop - start))
+            return _resolved(mapping, start, stop)
         kind[zero] = Kind.ZERO
     if compressed is not None:
         places, lengths = compressed_places(entries, bits)
         kind[compressed] = Kind.ENCODED
         host = np.where(compressed, places.view(np.int64), host)
         stored = np.where(compressed, lengths.view(np.int64), 0)
-    # A row begins where a cluster does not carry on what the one before it began.
-    step = np.where(host[:-1] >= 0, unit, 0)
-    begins = (kind[1:] != kind[:-1]) | (host[1:] != host[:-1] + step)
-    if compressed is not None:
-        begins |= compressed[1:]
-    rows = np.concatenate(([0], np.flatnonzero(begins) + 1))
-    guest = (rows + (base + low)) << bits
-    kind, host = kind[rows], host[rows]
-    # The range may begin and end within a cluster.
-    cut = start - int(guest[0])
-    guest[0] = start
+    guest = (rows + base) << bits
+    # The range may begin within a cluster.
     if host[0] >= 0 and kind[0] != Kind.ENCODED:
-        host[0] += cut
-    return Columns(
-        guest,
-        np.diff(np.append(guest, stop)),
-        kind,
-        host,
-        np.zeros(len(rows), np.int64) if stored is None else stored[rows],
-        (host >= 0).astype(np.uint8),
-        (None, mapping.data_node),
-    )
+        host[0] += start - int(guest[0])
+    guest[0] = start
+    return _Rows(guest, kind, host, stored)
+
+
+def _resolved(mapping: Qcow2Mapping, start: int, stop: int) -> _Rows:
+    found = Columns.from_extents(mapping.resolve(start, stop - start))
+    return _Rows(found.guest_offset, found.kind, found.host_offset, found.stored_length)
 
 
 def _put_cached(mapping: Qcow2Mapping, run: TableRun) -> None:
@@ -132,14 +177,11 @@ def _put_cached(mapping: Qcow2Mapping, run: TableRun) -> None:
                 run.entries[row, number * words : (number + 1) * words] = part
 
 
-def _below(start: int, length: int) -> Columns:
+def _below(start: int) -> _Rows:
     """A range without tables."""
-    return Columns(
+    return _Rows(
         np.array([start], np.int64),
-        np.array([length], np.int64),
         np.array([Kind.BELOW], np.uint8),
         np.array([-1], np.int64),
         np.zeros(1, np.int64),
-        np.zeros(1, np.uint8),
-        (None,),
     )

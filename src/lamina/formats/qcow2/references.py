@@ -16,12 +16,12 @@ from lamina.errors import ImageCorrupt
 from lamina.formats.qcow2.arrays import (
     Counts,
     Indices,
-    Mask,
     TableRun,
     Words,
     read_into,
     read_tables,
     read_words,
+    straight_tables,
 )
 from lamina.formats.qcow2.entries import Entries, Trouble, beyond
 from lamina.formats.qcow2.layout import (
@@ -159,10 +159,6 @@ class Walk:
         self.wrote = False
         """Tables were mended."""
         self._protected = Regions()
-        self._ramp: Words | None = None
-        """What the entries of a straight table exceed its first one by."""
-        if self.counts_data and not header.extended_l2:
-            self._ramp = np.arange(header.l2_entries, dtype=np.uint64) << np.uint64(self.bits)
 
     def run(self) -> None:
         header = self.header
@@ -297,7 +293,7 @@ class Walk:
                 self._l2_run(run, 1, active, foreign)
 
     def _l2_run(self, run: TableRun, weight: int, active: bool, foreign: bool) -> None:
-        straight = self._straight(run)
+        straight = straight_tables(run.entries, self.header, self.file_size)
         if straight.any():
             self._count_straight(run.entries[straight, 0], weight, active)
             if straight.all():
@@ -312,21 +308,6 @@ class Walk:
             for trouble in troubles:
                 self._error(trouble.message)
         self._count_l2(run, entries, weight, active)
-
-    def _straight(self, run: TableRun) -> Mask:
-        """Tables that are full of sound entries, each cluster behind the one before it.
-
-        Images that were filled in order are made of such tables; one entry stands for all.
-        """
-        if self._ramp is None:
-            return np.zeros(len(run.offsets), dtype=np.bool_)
-        first = run.entries[:, 0]
-        straight: Mask = ((run.entries - first[:, None]) == self._ramp).all(axis=1)
-        offset = first & np.uint64(OFFSET_MASK)
-        straight &= offset + self._ramp[-1] < np.uint64(self.file_size)
-        straight &= (offset != 0) & ((offset & np.uint64(self.cluster_size - 1)) == 0)
-        straight &= (first & np.uint64(~(OFFSET_MASK | COPIED) & (1 << 64) - 1)) == 0
-        return straight
 
     def _count_straight(self, first_entries: Words, weight: int, active: bool) -> None:
         per_table = self.header.l2_entries
