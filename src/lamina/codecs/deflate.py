@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lamina.codecs import Data
 
 WINDOW_BITS = 12
+_MONOTONOUS = 128
+"""Data that shrinks by more than this is looked at twice: that costs next to nothing."""
 
 
 def _fast_decoder() -> Callable[[Data, int], bytes | bytearray] | None:
@@ -73,6 +75,10 @@ def decode(encoded: Data, length: int) -> bytes | bytearray:
 def encode(data: Data, level: int | None = None) -> bytes:
     """A complete stream. Levels from 7 on are left to zlib, which compresses better there."""
     if _fast_encode is not None and (level is None or level <= 6):
-        return _fast_encode(data, 3 if level is None else level // 2)
+        encoded = _fast_encode(data, 3 if level is None else level // 2)
+        if level is None and len(encoded) * _MONOTONOUS < len(data):
+            # igzip's fixed tables are its best only for data that is hardly any.
+            encoded = min(encoded, _fast_encode(data, 1), key=len)
+        return encoded
     stream = zlib.compressobj(-1 if level is None else level, zlib.DEFLATED, -WINDOW_BITS)
     return stream.compress(data) + stream.flush()

@@ -81,6 +81,7 @@ def empty(disk: Backend) -> None:
 
     node = disk.node.unfiltered
     registry.driver(node.driver).make_empty(node)
+    disk.flush()
 
 
 def find_layer(node: Node, name: str) -> Node | None:

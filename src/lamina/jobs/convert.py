@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Extent, Kind
@@ -33,6 +34,8 @@ _COMPRESSED_BATCH = 4 * MIB
 """Many units, so that they can be encoded side by side."""
 _MOST_RUNS = 512
 """Runs in one batch."""
+_MOST_COUNTED = 1 << 16
+"""Runs of a plan that are looked at before the first of them is copied."""
 _GRANULE = 4096
 _PLACE = 2 * MIB
 
@@ -82,7 +85,7 @@ class Run(NamedTuple):
 class Batch:
     """Runs that are read and written together, and the buffer they pass through."""
 
-    __slots__ = ("buffer", "length", "place", "runs", "view", "writes", "zeroes")
+    __slots__ = ("buffer", "done", "length", "place", "runs", "view", "writes", "zeroes")
 
     def __init__(self, size: int) -> None:
         self.buffer = bytearray(size)
@@ -91,6 +94,9 @@ class Batch:
 
     def clear(self) -> None:
         self.runs: list[Run] = []
+        self.done = 0
+        """Bytes of data, in this and all batches before, up to the last end of a run or of 2 MiB
+        of one: what progress is measured in."""
         self.place = -1
         """What errors name: the last multiple of 2 MiB from the start of the first run."""
         self.length = 0
@@ -113,6 +119,8 @@ class Conversion:
         self.target = target
         self.settings = settings
         self.hold_back = RateLimit(settings.rate)
+        self.total = 0
+        """Bytes of data that the sources hold."""
         unit = max(target.limits.write_zeroes_alignment, 1)
         if settings.compressed:
             unit = target.info().cluster_size or unit
@@ -147,12 +155,12 @@ class Conversion:
         def write_and_reuse(batch: Batch) -> None:
             if not self.settings.out_of_order:
                 self.write(batch)
-            self.settings.progress(self.position(batch))
+            self.report(batch.done)
             batch.clear()
             pool.append(batch)
 
         overlapped(
-            self.batches(self.plan(), fresh),
+            self.batches(self.counted(self.plan()), fresh),
             read_and_write if self.settings.out_of_order else self.read,
             write_and_reuse,
             workers=workers,
@@ -162,19 +170,19 @@ class Conversion:
     def _one_by_one(self) -> None:
         """Bad storage: everything in order, so that the warnings are. They come twice, as it is
         also asked beforehand what there is to do."""
-        for _ in self.plan():
-            pass
+        self.total = sum(run.length for run in self.plan() if not run.zero)
         batch = Batch(self.batch_size)
         for full in self.batches(self.plan(), lambda: batch):
             self.read(full)
             self.write(full)
-            self.settings.progress(self.position(full))
+            self.report(full.done)
             batch.clear()
 
     def _by_storage(self) -> None:
         batch = Batch(self.batch_size)
         node = self.target.node
-        for run in self.plan():
+        copied = 0
+        for run in self.counted(self.plan()):
             extent, done = run.extent, 0
             if extent is not None and extent.kind == Kind.DATA and extent.node is not None:
                 if extent.cipher is None:
@@ -188,7 +196,8 @@ class Conversion:
                     self.read(full)
                     self.write(full)
                     batch.clear()
-            self.settings.progress(run.end / self.sources.size)
+            copied += 0 if run.zero else run.length
+            self.report(copied)
 
     # -- what there is to do ---------------------------------------------------------------------
 
@@ -229,6 +238,7 @@ class Conversion:
         if self.unit > 1:
             plan = self.whole_units(plan)
         batch: Batch | None = None
+        before = done = 0
         for run in plan:
             offset, length = run.offset, run.length
             while length:
@@ -244,11 +254,25 @@ class Conversion:
                     batch.length += take
                 offset += take
                 length -= take
+                if not run.zero:
+                    whole = round_down(offset - run.offset, _PLACE) if length else run.length
+                    done = before + whole
+                batch.done = done
                 if length or batch.length == self.batch_size or len(batch.runs) == _MOST_RUNS:
                     yield batch
                     batch = None
+            before = done
         if batch is not None:
             yield batch
+
+    def counted(self, plan: Iterator[Run]) -> Iterator[Run]:
+        """The same, but the total is known beforehand; estimated where the plan is long."""
+        first = list(islice(plan, _MOST_COUNTED))
+        self.total = sum(run.length for run in first if not run.zero)
+        if len(first) == _MOST_COUNTED:
+            self.total = self.total * self.sources.size // max(first[-1].end, 1)
+        yield from first
+        yield from plan
 
     def room(self, batch: Batch, offset: int) -> int:
         """Bytes from ``offset`` on that the batch can take."""
@@ -351,5 +375,6 @@ class Conversion:
         """``doing`` is reading or writing."""
         return error.in_context(f"error while {doing} at byte {batch.place}: ")
 
-    def position(self, batch: Batch) -> float:
-        return batch.runs[-1].end / self.sources.size
+    def report(self, done: int) -> None:
+        if self.total:
+            self.settings.progress(min(done / self.total, 1.0))

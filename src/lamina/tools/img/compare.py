@@ -91,7 +91,6 @@ def _compare(tool: Tool, given: Parsed, one: Backend, other: Backend) -> int:
     def say(text: str) -> None:
         if not quiet:
             sys.stdout.write(text + "\n")
-            sys.stdout.flush()
 
     try:
         with Progress(given.flag("progress"), quiet=quiet) as progress:

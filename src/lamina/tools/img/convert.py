@@ -294,11 +294,12 @@ def _check_bitmaps(sources: list[Backend], driver: Driver) -> None:
 def _settle_backing(
     given: Parsed, settings: Settings, sources: list[Backend], target: Backend
 ) -> None:
-    """With -B the backing file is taken to hold what that of the source does."""
+    """A backing file that was asked for is taken to hold what that of the source does."""
     backing = target.node.unfiltered.backing
-    if given.flag("backing"):
+    created = not given.flag("no-create")
+    if given.flag("backing") or (created and backing is not None):
         settings.base = sources[0].node.unfiltered.backing
-    if backing is not None and not given.flag("no-create"):
+    if created and backing is not None:
         settings.zero_from = backing.size
 
 
