@@ -12,6 +12,7 @@ from lamina.formats.qcow2.options import Options as Qcow2Options
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.info import SnapshotInfo
     from lamina.block.node import Node
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
@@ -59,6 +60,30 @@ class Qcow2Driver(Driver):
 
         with _exclusive(node) as mapping:
             make_empty(mapping)
+
+    def create_snapshot(self, node: Node, snapshot: SnapshotInfo) -> None:
+        from lamina.formats.qcow2.snapshotting import create
+
+        with _exclusive(node) as mapping:
+            create(mapping, snapshot)
+
+    def apply_snapshot(self, node: Node, name: str) -> None:
+        from lamina.formats.qcow2.snapshotting import apply
+
+        with _exclusive(node) as mapping:
+            apply(mapping, name)
+
+    def delete_snapshot(self, node: Node, name: str) -> None:
+        from lamina.formats.qcow2.snapshotting import delete
+
+        with _exclusive(node) as mapping:
+            delete(mapping, name)
+
+    def load_snapshot(self, node: Node, name: str) -> None:
+        from lamina.formats.qcow2.snapshotting import load
+
+        with _exclusive(node) as mapping:
+            load(mapping, name)
 
 
 @contextmanager

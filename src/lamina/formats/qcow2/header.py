@@ -43,7 +43,7 @@ def open_for_changes(mapping: Qcow2Mapping) -> None:
         mapping.metadata.lazy_counts = True
     if before != (header.incompatible_features, header.autoclear_features):
         try:
-            _write_features(mapping)
+            write_features(mapping)
         except BaseException:
             header.incompatible_features, header.autoclear_features = before
             mapping.metadata.lazy_counts = False
@@ -70,11 +70,11 @@ def mark_repaired(mapping: Qcow2Mapping) -> None:
     if header.version >= 3:
         mapping.metadata.commit(counts=True)
         mapping.metadata.barrier()
-        _write_features(mapping)
+        write_features(mapping)
     mapping.corruption.marked = False
 
 
-def _write_features(mapping: Qcow2Mapping) -> None:
+def write_features(mapping: Qcow2Mapping) -> None:
     header = mapping.header
     data = b"".join(
         word.to_bytes(8, "big")
