@@ -206,7 +206,7 @@ class Allocator:
                 start = cluster = index * per_block + place
                 if place == per_block:
                     continue
-            end = min(width.next_used(block, place), place + count - (cluster - start))
+            end = width.next_used(block, place, place + count - (cluster - start))
             cluster = index * per_block + end
             if cluster - start == count:
                 return start, count
@@ -232,7 +232,7 @@ class Allocator:
                 start = cluster = index * per_block + place
                 if place == per_block:
                     continue
-            end = width.next_used(block, place)
+            end = width.next_used(block, place, place + count - (cluster - start))
             cluster = index * per_block + end
             if end < per_block and cluster - start < count:
                 start = cluster

@@ -121,23 +121,23 @@ class Width:
                 start = found.start() * self._per_byte
         return total
 
-    def next_used(self, block: bytearray, start: int) -> int:
-        """Index of the first nonzero entry from ``start`` on; the number of entries if none."""
-        total = self.entries(len(block))
+    def next_used(self, block: bytearray, start: int, end: int) -> int:
+        """Index of the first nonzero entry from ``start`` on; ``end`` if there is none before."""
+        end = min(end, self.entries(len(block)))
         size = self.bytes
         if size:
-            found = self._used.search(block, start * size)
-            return total if found is None else found.start() // size
-        while start < total:
+            found = self._used.search(block, start * size, end * size)
+            return end if found is None else found.start() // size
+        while start < end:
             if self.get(block, start):
                 return start
             start += 1
             if start % self._per_byte == 0:
                 found = self._used.search(block, start // self._per_byte)
                 if found is None:
-                    return total
+                    return end
                 start = found.start() * self._per_byte
-        return total
+        return end
 
     def count_used(self, block: bytearray) -> int:
         """Entries that are not zero."""
