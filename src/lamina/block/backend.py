@@ -240,13 +240,15 @@ class Backend:
         self._check_range(offset, length)
         if self._writethrough:
             flags |= WriteFlags.FUA
-        self.node.write_zeroes(offset, length, flags)
+        if length:
+            self.node.write_zeroes(offset, length, flags)
 
     def discard(self, offset: int, length: int) -> None:
         """A hint; units that the range covers only in part are left alone."""
         self._check_writable()
         self._check_range(offset, length)
-        self.node.discard(offset, length)
+        if length:
+            self.node.discard(offset, length)
 
     def flush(self) -> None:
         self.node.flush()

@@ -385,6 +385,8 @@ def _name_child(options: dict[str, Any], filename: str) -> None:
         raise UsageError(
             "Cannot reference an existing block device with additional options or a new filename"
         )
+    if "file.filename" in options:
+        raise UsageError("Can't specify 'file' and 'filename' options at the same time")
     for key, value in filenames.protocol_options(filename).items():
         options.setdefault(f"file.{key}", value)
 

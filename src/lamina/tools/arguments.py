@@ -88,7 +88,7 @@ def parse(
         word = rest.pop()
         if word == "--":
             break
-        if word.startswith("--"):
+        if word.startswith("--") and long:
             name, equals, attached = word[2:].partition("=")
             option = _long(name, word, long)
             argument: str | None = None
