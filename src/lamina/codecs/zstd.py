@@ -12,7 +12,8 @@ from lamina.errors import ImageCorrupt
 if TYPE_CHECKING:
     from lamina.codecs import Data
 
-LEVEL = 3
+LEVEL = 2
+"""A quarter faster than zstd's own 3, for one to five per cent more bytes."""
 MAX_WINDOW = 1 << 27
 """Bytes. What zstd itself accepts unless told otherwise; frames that want more are refused."""
 

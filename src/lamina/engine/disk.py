@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lamina.block.permissions import Perm
     from lamina.engine.mapping import Mapping
 
+_NO_FLAGS = WriteFlags.NONE
+
 EVERYTHING = 1 << 63
 """No guest address lies behind this."""
 
@@ -147,7 +149,8 @@ class Disk(Node):
 
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
         self.writer.write(requests)
-        if flags & WriteFlags.FUA:
+        # Most writes have no flags, and operators of an enum are slow.
+        if flags is not _NO_FLAGS and flags & WriteFlags.FUA:
             self.flush()
 
     def write_compressed(self, requests: Sequence[WriteRequest]) -> None:

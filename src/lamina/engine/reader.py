@@ -17,12 +17,16 @@ from lamina.errors import ImageCorrupt, LaminaError
 if TYPE_CHECKING:
     from lamina.block.extents import Cipher, Extent
     from lamina.block.node import Node, ReadRequest
+    from lamina.codecs import Decoder
     from lamina.engine.disk import Disk
 
 ZEROES = memoryview(bytes(1 << 16))
 
 DECODE_AHEAD = 16 << 20
 """Bytes of decoded units that one read holds at a time."""
+DECODE_TOGETHER = 1 << 20
+"""Bytes of decoded units from which on several cores share them. Whoever reads less at a time and
+wants more cores reads on several threads."""
 MERGE_GAP = 4096
 """Encoded units closer than this are fetched with one read."""
 MERGE_LIMIT = 2 << 20
@@ -162,15 +166,13 @@ class Reader:
                 run = []
             run.append(unit)
         _fetch_run(run)
-        small = sum(unit.extent.unit_length for unit in units) < 1 << 16
-        run_all(self._decode_unit, units, threads=1 if small else 0)
+        size = sum(unit.extent.unit_length for unit in units)
+        run_all(self._decode_unit, units, threads=1 if size < DECODE_TOGETHER else 0)
 
     def _decode_unit(self, unit: Unit) -> None:
-        from lamina.codecs import decoder
-
         extent = unit.extent
         try:
-            decoded = decoder(extent.codec)(unit.encoded, extent.unit_length)
+            decoded = _decoder(extent.codec)(unit.encoded, extent.unit_length)
         except LaminaError as error:
             error.path = error.path or self.disk.filename
             error.offset = extent.host_offset
@@ -193,6 +195,13 @@ class Unit:
         self.extent = extent
         self.parts: list[tuple[Extent, memoryview]] = []
         self.encoded = memoryview(b"")
+
+
+def _decoder(codec: str) -> Decoder:
+    # Not on the way to opening an image.
+    from lamina.codecs import decoder
+
+    return decoder(codec)
 
 
 def _place(unit: Unit) -> tuple[int, int]:

@@ -137,8 +137,11 @@ class Writer:
         """Requests that have one place each, known to be theirs."""
         disk = self.disk
         disk.file.event("write_aio")
-        writes = [(place, request[1]) for place, request in zip(places, requests, strict=False)]
-        disk.mapping.data_node.writev(writes)
+        writev = disk.mapping.data_node.writev
+        if len(places) == 1:
+            writev([(places[0], requests[0][1])])
+        else:
+            writev([(place, request[1]) for place, request in zip(places, requests, strict=False)])
 
     def _plan_copies(self, reservation: Reservation) -> Copies | None:
         """What the pieces want copied; None if all of them are written in place."""
