@@ -44,6 +44,11 @@ class Copies:
         self._reads.append((offset, buffer))
         return (buffer,)
 
+    @property
+    def any(self) -> bool:
+        """Something is to be written beside the data."""
+        return any(head or tail for head, tail in self._parts)
+
     def read(self) -> None:
         """Without the lock: fetch the old content."""
         if self._reads:

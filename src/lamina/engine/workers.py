@@ -41,7 +41,7 @@ def _executor() -> ThreadPoolExecutor:
 
 
 def run_all(
-    work: Callable[[Item], None], items: Sequence[Item], *, threads: int = 0
+    work: Callable[[Item], object], items: Sequence[Item], *, threads: int = 0
 ) -> None:
     """Do ``work`` on every item, on several cores; the first error is raised when all are done.
 

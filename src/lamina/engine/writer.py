@@ -121,8 +121,9 @@ class Writer:
             return True
         done = False
         try:
-            if copies is not None:
+            if copies is not None and copies.any:
                 copies.read()
+                disk.file.event("cow_write")
             self._write_pieces(reservation.pieces, requests, copies)
             done = True
         finally:

@@ -627,3 +627,16 @@ def test_layout_agrees_with_sets(parts: list[tuple[int, int]]) -> None:
             offset + len(data) < following and (offset + len(data) - 1) // unit == following // unit
             for (offset, data), (following, _) in pairwise(requests)
         )
+
+
+def test_large_reads_of_compressed_units_use_several_threads() -> None:
+    unit = 1 << 16
+    disk = make(size=4 << 20, unit=unit)
+    data = b"".join(bytes([n + 1, n * 3 & 255]) * (unit // 2) for n in range(48))
+    disk.write_compressed([(0, memoryview(data))])
+    assert disk.read(100, len(data) - 200) == data[100:-100]
+    place = disk.extents(40 * unit, unit)[0].host_offset
+    storage(disk).content[place : place + 20] = b"\xff" * 20
+    with pytest.raises(ImageCorrupt):
+        disk.read(0, len(data))
+    assert disk.read(0, 40 * unit) == data[: 40 * unit]
