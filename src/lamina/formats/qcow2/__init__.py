@@ -34,7 +34,7 @@ class Qcow2Driver(Driver):
     def create(self, options: Qcow2CreateOptions, file: Node, context: CreateContext) -> None:
         from lamina.formats.qcow2.create import create
 
-        create(options, file)
+        create(options, file, context)
 
     def measure(
         self, options: Qcow2CreateOptions, source: Node | None, context: CreateContext

@@ -17,8 +17,6 @@ from lamina.formats.qcow2.layout import (
     BITMAP_AUTO,
     BITMAP_IN_USE,
     COMPAT_LAZY_REFCOUNTS,
-    CRYPT_AES,
-    CRYPT_LUKS,
     CRYPT_NONE,
     INCOMPAT_CORRUPT,
     INCOMPAT_DATA_FILE,
@@ -41,6 +39,11 @@ def describe(
     from lamina.formats.qcow2.snapshots import snapshot_info
 
     name = header.backing_file
+    encryption: dict[str, Any] = {}
+    if header.crypt_method != CRYPT_NONE:
+        from lamina.formats.qcow2.encryption import describe_encryption
+
+        encryption = describe_encryption(node.file, header)
     return NodeInfo(
         node.filename,
         "qcow2",
@@ -53,17 +56,19 @@ def describe(
         full_backing_filename=full_backing_filename(node, name) if name else None,
         backing_format=header.backing_format,
         snapshots=[snapshot_info(snapshot) for snapshot in snapshots],
-        specific=_specific(header, bitmaps),
+        specific=_specific(header, bitmaps, encryption),
     )
 
 
-def _specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
+def _specific(
+    header: Header, bitmaps: list[dict[str, Any]], encryption: dict[str, Any]
+) -> dict[str, Any]:
     if header.version < 3:
         return {
             "compat": "0.10",
             "compression-type": header.compression_name,
             "refcount-bits": header.refcount_bits,
-            **_encryption(header),
+            **encryption,
         }
     about: dict[str, Any] = {
         "compat": "1.1",
@@ -79,17 +84,10 @@ def _specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
         about["data-file-raw"] = bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
     return {
         **about,
-        **_encryption(header),
+        **encryption,
         "corrupt": bool(header.incompatible_features & INCOMPAT_CORRUPT),
         "extended-l2": header.extended_l2,
     }
-
-
-def _encryption(header: Header) -> dict[str, Any]:
-    formats = {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}
-    if header.crypt_method in formats:
-        return {"encrypt": {"format": formats[header.crypt_method]}}
-    return {}
 
 
 def list_bitmaps(
@@ -126,10 +124,6 @@ def list_bitmaps(
 
 def unsupported_reason(header: Header) -> str | None:
     """Why the data of an image cannot be reached, although its header is well-formed."""
-    if header.crypt_method == CRYPT_AES:
-        return "qcow2 images encrypted with 'aes' are not supported"
-    if header.crypt_method == CRYPT_LUKS:
-        return "qcow2 images encrypted with 'luks' are not supported"
     if header.incompatible_features & INCOMPAT_DATA_FILE:
         return "qcow2 images with an external data file are not supported"
     if header.extended_l2:

@@ -24,17 +24,27 @@ from lamina.formats.qcow2.options import CreateOptions, Options
 from lamina.units import KIB, SECTOR, round_up
 
 if TYPE_CHECKING:
+    from lamina.block.context import CreateContext
     from lamina.block.node import Node
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 _VERSIONS = {None: 3, "0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
-def create(options: CreateOptions, file: Node) -> None:
+def create(options: CreateOptions, file: Node, context: CreateContext | None = None) -> None:
     """Turn the empty ``file`` into an image. Raises UsageError, ImageUnsupported, StorageError."""
     header = new_header(options)
     preallocation = _preallocation(options)
     _refuse_unsupported(options)
+    if options.encrypt_format is None and not options.encryption:
+        write_empty(header, file, preallocation)
+        return
+    from lamina.formats.qcow2.encryption import NewEncryption
+
+    assert context is not None
+    encryption = NewEncryption(options, context)
     write_empty(header, file, preallocation)
+    encryption.apply(_new_mapping(header, file))
 
 
 def new_header(options: CreateOptions) -> Header:
@@ -180,8 +190,6 @@ def _check_data_file(options: CreateOptions, version: int) -> None:
 
 
 def _refuse_unsupported(options: CreateOptions) -> None:
-    if options.encrypt_format is not None or options.encryption:
-        raise ImageUnsupported("Creating encrypted qcow2 images is not supported")
     if options.data_file is not None:
         raise ImageUnsupported(
             "Creating qcow2 images with an external data file is not supported"
@@ -275,15 +283,20 @@ def _write_tables(header: Header, file: Node) -> None:
 
 
 def _preallocate(header: Header, file: Node) -> None:
-    from lamina.formats.qcow2.mapping import Qcow2Mapping
     from lamina.formats.qcow2.preallocation import extend_file, preallocate
 
     unit = header.cluster_size
-    mapping = Qcow2Mapping(file, header, Options(), read_only=False, warn=_no_warning)
+    mapping = _new_mapping(header, file)
     tables_end = header.l1_table_offset + round_up(header.l1_size * 8, unit)
     end = preallocate(mapping, 0, header.size, tables_end)
     mapping.metadata.commit(counts=True)
     extend_file(mapping, end)
+
+
+def _new_mapping(header: Header, file: Node) -> Qcow2Mapping:
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+    return Qcow2Mapping(file, header, Options(), read_only=False, warn=_no_warning)
 
 
 def _no_warning(text: str) -> None:

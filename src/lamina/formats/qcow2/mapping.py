@@ -35,10 +35,12 @@ from lamina.formats.qcow2.options import Options
 from lamina.formats.qcow2.overlap import Overlap
 from lamina.formats.qcow2.refcounts import Refcounts, read_table
 from lamina.formats.qcow2.settings import Settings
+from lamina.units import SECTOR
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
     from lamina.engine.disk import Disk
+    from lamina.formats.qcow2.encryption import Encryption
 
 _unpack_entry = struct.Struct(">Q").unpack_from
 
@@ -62,6 +64,7 @@ class Qcow2Mapping(Mapping):
         unmap: bool = False,
         disk: Disk | None = None,
         refusal: str | None = None,
+        encryption: Encryption | None = None,
         warn: Callable[[str], None],
     ) -> None:
         """``disk``: the node around it; None while an image is created.
@@ -83,6 +86,10 @@ class Qcow2Mapping(Mapping):
         self.size = header.size
         self.unit = self.encoded_unit = header.cluster_size
         self.codec = header.compression_name
+        self.encryption = encryption
+        if encryption is not None:
+            self.request_alignment = SECTOR
+            self.encoded_unit = 0
         self.cluster_bits = header.cluster_bits
         self.metadata = Metadata(file)
         self.corruption = Corruption(file, header, warn, read_only=read_only)
@@ -184,6 +191,8 @@ class Qcow2Mapping(Mapping):
         ``mask`` exactly ``wanted``; -1 for others and where the table is not cached."""
         if self.corruption.marked or self.refusal:
             self.check_usable()
+        if self.encryption is not None:
+            return None
         tables = self.tables
         l1, cached = tables.l1, tables.cache.find
         bits, l2_bits, slices, within_slice = tables.geometry
@@ -233,7 +242,11 @@ class Qcow2Mapping(Mapping):
                     extents[-1] = last._replace(length=last.length + stop - start)
                     continue
             node = None if host < 0 else self.data_node
-            extents.append(Extent(start, stop - start, kind, node, host))
+            extent = Extent(start, stop - start, kind, node, host)
+            if self.encryption is not None and kind is Kind.DATA:
+                cipher, sector = self.encryption.cipher, self.encryption.sector(start, host)
+                extent = extent._replace(cipher=cipher, first_sector=sector)
+            extents.append(extent)
         return extents
 
     def columns(self, offset: int, length: int) -> Iterator[Columns]:

@@ -35,6 +35,10 @@ def measure(options: CreateOptions, source: Node | None) -> Measurement:
     unit = options.cluster_size
     size = round_up(options.size if source is None else source.size, SECTOR)
     metadata = _metadata_clusters(options, size) * unit
+    if options.encrypt_format == "luks":
+        from lamina.formats.qcow2.encryption import luks_clusters
+
+        metadata += luks_clusters(options) * unit
     data = round_up(size, unit)
     full = metadata + data
     if options.preallocation in (Preallocation.FALLOC.value, Preallocation.FULL.value):
@@ -77,10 +81,8 @@ def _check_options(options: CreateOptions) -> int:
         raise UsageError(
             "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
         )
-    if options.encrypt_format == "luks":
-        if options.encrypt_key_secret is None:
-            raise UsageError("Parameter 'encrypt.key-secret' is required for cipher")
-        raise ImageUnsupported("qcow2 images encrypted with 'luks' are not supported")
+    if options.encrypt_format == "luks" and options.encrypt_key_secret is None:
+        raise UsageError("Parameter 'encrypt.key-secret' is required for cipher")
     return version
 
 

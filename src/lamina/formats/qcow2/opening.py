@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from lamina.engine.disk import Disk
 from lamina.errors import ImageUnsupported, LaminaError
 from lamina.formats.qcow2.about import Inspected, list_bitmaps, unsupported_reason
-from lamina.formats.qcow2.layout import INCOMPAT_DIRTY, MAX_CLUSTER_BITS, Header, Snapshot
+from lamina.formats.qcow2.layout import (
+    CRYPT_NONE,
+    INCOMPAT_DIRTY,
+    MAX_CLUSTER_BITS,
+    Header,
+    Snapshot,
+)
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext
@@ -47,6 +53,11 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
         raise ImageUnsupported(reason, format="qcow2", structure="header")
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
+    encryption = None
+    if header.crypt_method != CRYPT_NONE or options.encrypt_format is not None:
+        from lamina.formats.qcow2.encryption import unlock_image
+
+        encryption = unlock_image(disk.file, header, options, context)
     mapping = Qcow2Mapping(
         disk.file,
         header,
@@ -58,6 +69,7 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
         unmap=disk.options.unmap,
         disk=disk,
         refusal=reason,
+        encryption=encryption,
         warn=context.warn,
     )
     if not disk.read_only and not context.check:

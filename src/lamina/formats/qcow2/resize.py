@@ -106,6 +106,8 @@ def _write(mapping: Qcow2Mapping, start: int, content: bytes | bytearray) -> Non
         for piece in reservation.pieces:
             skip = piece.guest_offset - start
             data = memoryview(content)[skip : skip + piece.length]
+            if piece.cipher is not None:
+                piece.cipher.encrypt(data, piece.first_sector)
             piece.node.writev([(piece.host_offset, data)])
             mapping.metadata.data_written(piece.node)
     except BaseException:

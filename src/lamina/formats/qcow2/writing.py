@@ -23,6 +23,7 @@ from lamina.formats.qcow2.layout import (
 )
 
 if TYPE_CHECKING:
+    from lamina.formats.qcow2.encryption import Encryption
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 
@@ -154,7 +155,9 @@ class _Planner:
                 continue
             while position < total and not self._is_ours(cluster + position, entries[position]):
                 position += 1
-            self._allocate(cluster + start, position - start)
+            count = position - start
+            host = self.mapping.allocator.allocate(count)
+            self._add_run(Run(cluster + start, count, host, is_new=True))
 
     def _is_ours(self, cluster: int, entry: int) -> bool:
         """There is a host cluster that nobody shares with us. Raises ImageCorrupt."""
@@ -172,14 +175,6 @@ class _Planner:
 
     def _check(self, host_offset: int, count: int) -> None:
         self.mapping.overlap.check(host_offset, count * self.mapping.unit)
-
-    def _allocate(self, cluster: int, count: int) -> None:
-        mapping = self.mapping
-        while count:
-            host, found = mapping.allocator.allocate(count)
-            self._add_run(Run(cluster, found, host, is_new=True))
-            cluster += found
-            count -= found
 
     def _add_run(self, run: Run) -> None:
         runs, unit = self.write.runs, self.mapping.unit
@@ -218,6 +213,8 @@ class _Planner:
             # What the file has never held reads as zeroes once it is long enough.
             reads_zero=run is not None and run.is_new and host_offset >= mapping.file.size,
         )
+        if mapping.encryption is not None:
+            piece = _encrypted(piece, mapping.encryption)
         pieces = self.write.pieces
         if pieces and _joins(pieces[-1], piece):
             before = pieces[-1]
@@ -228,6 +225,17 @@ class _Planner:
             )
         else:
             pieces.append(piece)
+
+
+def _encrypted(piece: Piece, encryption: Encryption) -> Piece:
+    """Zeroes are not zeroes any more when they are encrypted."""
+    return piece._replace(
+        reads_zero=False,
+        cipher=encryption.cipher,
+        first_sector=encryption.sector(
+            piece.guest_offset - piece.copy_head, piece.host_offset - piece.copy_head
+        ),
+    )
 
 
 def _joins(before: Piece, piece: Piece) -> bool:
