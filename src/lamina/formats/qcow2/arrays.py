@@ -87,7 +87,8 @@ def _requests(
     offsets: Indices, table_bytes: int, view: memoryview
 ) -> list[tuple[int, memoryview]]:
     """One request for each run of tables that adjoin each other in the file."""
-    breaks = (np.flatnonzero(np.diff(offsets) != table_bytes) + 1).tolist()
+    apart = (np.diff(offsets) != table_bytes) | (offsets[:-1] == 0)
+    breaks = (np.flatnonzero(apart) + 1).tolist()
     requests = []
     for start, end in zip([0, *breaks], [*breaks, len(offsets)], strict=True):
         part = view[start * table_bytes : end * table_bytes]

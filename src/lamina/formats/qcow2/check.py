@@ -268,6 +268,7 @@ class ImageCheck:
         if end == self.clusters and not census.counts[-1]:
             # Nobody needs what lies behind the end of the file, so it cannot leak.
             end -= 1
+            self.clusters -= 1
         for run in stored.runs(first, end):
             counted = census.counts[run.first - first : run.end - first]
             if run.counts is None:
@@ -330,6 +331,9 @@ class ImageCheck:
             if which.any():
                 stored.put(clusters[which], after[which])
                 changed = True
+        if self.fix.errors and not upwards and not self._rebuilds:
+            # Nothing refers to what lies behind the end any more. It would leak when the file grows.
+            changed |= stored.clear_from(self.clusters)
         if changed:
             self.file.flush()
 

@@ -96,12 +96,28 @@ class StoredCounts:
         blocks = clusters // self.per_block
         starts = np.flatnonzero(np.diff(blocks, prepend=-1))
         for low, high in zip(starts.tolist(), [*starts[1:].tolist(), len(blocks)], strict=True):
-            block = np.array([blocks[low]])
-            counts = self._read(block)
+            block = int(blocks[low])
+            counts = self._read(np.array([block]))
             counts[clusters[low:high] % self.per_block] = values[low:high]
-            place = int(self.table[block[0]])
-            data = pack_counts(counts, self.order)
-            self.file.write(place, data[: max(self.file.size - place, 0)])
+            self._write(block, counts)
+
+    def clear_from(self, cluster: int) -> bool:
+        """Set the counts of this cluster and all behind it to zero; whether any was not."""
+        first = cluster // self.per_block
+        changed = False
+        for block in (np.flatnonzero(self.table[first:]) + first).tolist():
+            counts = self._read(np.array([block]))
+            behind = counts[max(cluster - block * self.per_block, 0) :]
+            if behind.any():
+                behind[:] = 0
+                self._write(block, counts)
+                changed = True
+        return changed
+
+    def _write(self, block: int, counts: Counts) -> None:
+        place = int(self.table[block])
+        data = pack_counts(counts, self.order)
+        self.file.write(place, data[: max(self.file.size - place, 0)])
 
 
 def _neighbours(blocks: Indices, most: int) -> Iterator[Indices]:

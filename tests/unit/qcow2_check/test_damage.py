@@ -1,0 +1,143 @@
+"""Every kind of damage: found, repaired, and repaired again after a power cut in between."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from lamina.block.node import NodeOptions
+from lamina.errors import StorageError
+from lamina.formats.qcow2 import DRIVER
+from lamina.testing.crash import CrashFile, GuestLog, power_cuts
+from lamina.testing.memory import MemoryFile
+from tests.unit.qcow2.images import open_image, verify
+from tests.unit.qcow2_check.damage import (
+    ALL,
+    DAMAGES,
+    DATA,
+    LEAKS,
+    NOTHING,
+    PACKED,
+    UNIT,
+    Damage,
+    damaged,
+    is_clean,
+    run_check,
+    sound,
+)
+
+CLUSTERS = [DATA[start : start + UNIT] for start in range(0, len(DATA), UNIT)] + [PACKED]
+
+each_damage = pytest.mark.parametrize(
+    "damage", DAMAGES, ids=lambda damage: damage.name.replace(" ", "-")
+)
+
+
+def assert_kept(content: bytes, damage: Damage) -> None:
+    """What was not lost reads as before."""
+    disk = open_image(MemoryFile(content))
+    for index, cluster in enumerate(CLUSTERS):
+        if index not in damage.lost:
+            assert disk.read(index * UNIT, UNIT) == cluster, f"cluster {index}"
+    disk.close()
+
+
+def test_a_sound_image() -> None:
+    for options in ({}, {"compat": "0.10"}, {"refcount_bits": 1}, {"refcount_bits": 64}):
+        content = sound(**options)
+        file = MemoryFile(content)
+        result, lines = run_check(file, ALL)
+        assert is_clean(result)
+        assert lines == []
+        assert file.content == content
+        version_2 = "compat" in options
+        assert result.allocated_clusters == (5 if version_2 else 6)
+        assert result.compressed_clusters == 1
+        assert result.image_end_offset == -(-len(content) // UNIT) * UNIT
+
+
+@each_damage
+def test_found_without_a_change(damage: Damage) -> None:
+    content = damaged(damage)
+    file = MemoryFile(content)
+    result, lines = run_check(file, NOTHING)
+    assert file.content == content
+    if damage.name not in ("dirty", "corrupt"):
+        assert not is_clean(result)
+        assert len(lines) >= result.corruptions + result.leaks
+
+
+@each_damage
+def test_repaired(damage: Damage) -> None:
+    file = MemoryFile(damaged(damage))
+    result, _ = run_check(file, ALL)
+    if not damage.repairable:
+        assert result.corruptions
+        assert file.content == damaged(damage)
+        return
+    again, lines = run_check(file, NOTHING)
+    assert is_clean(again), lines
+    verdict = verify(bytes(file.content))
+    assert verdict.errors == []
+    assert verdict.leaks == []
+    if damage.options.get("compat") != "0.10":
+        assert file.content[79] & 3 == 0
+    assert_kept(bytes(file.content), damage)
+
+
+@each_damage
+def test_only_leaks(damage: Damage) -> None:
+    """Leaks are repaired, whatever else is wrong stays wrong, and nothing gets worse."""
+    content = damaged(damage)
+    before, _ = run_check(MemoryFile(content), NOTHING)
+    file = MemoryFile(content)
+    try:
+        result, _ = run_check(file, LEAKS)
+    except StorageError as error:
+        failure = error
+    else:
+        failure = None
+    if failure is not None:
+        assert failure.errno == errno.EIO
+        assert file.content == content
+        return
+    assert result.corruptions <= before.corruptions
+    if damage.repairable:
+        assert result.leaks == 0
+        after, _ = run_check(file, ALL)
+        assert is_clean(after)
+        assert_kept(bytes(file.content), damage)
+
+
+@each_damage
+def test_power_cuts_during_the_repair(damage: Damage) -> None:
+    if not damage.repairable:
+        return
+    content = damaged(damage)
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        run_check(file, ALL)
+
+    for cut in power_cuts(workload, initial=content, guest_content=b"", subsets=1):
+        file = MemoryFile(cut.content)
+        run_check(file, ALL)
+        again, lines = run_check(file, NOTHING)
+        assert is_clean(again), (str(cut), lines)
+        assert_kept(bytes(file.content), damage)
+
+
+@each_damage
+def test_reads_and_writes_after_the_repair(damage: Damage) -> None:
+    """The disk that was checked is used further: nothing stale is left in memory."""
+    if not damage.repairable:
+        return
+    file = MemoryFile(damaged(damage))
+    writable = NodeOptions(read_only=False, filename="memory")
+    disk = open_image(file, node_options=writable, check=True)
+    DRIVER.check(disk, ALL, lambda line: None)
+    for index in range(40):
+        disk.write(index * UNIT + 100, bytes([index]) * 5000)
+    disk.close()
+    assert verify(bytes(file.content)).errors == []
+    assert is_clean(run_check(file, NOTHING)[0])
