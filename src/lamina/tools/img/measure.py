@@ -61,9 +61,9 @@ def run(arguments: list[str], tool: Tool) -> int:
         driver, options = _target(tool, given, source.size if source else given.value("size"))
         measured = driver.measure(options, source.node if source else None, _Context(tool))
     if given.value("output", False):
-        value = {"required": measured.required, "fully-allocated": measured.fully_allocated}
-        if measured.bitmaps is not None:
-            value["bitmaps"] = measured.bitmaps
+        value = {} if measured.bitmaps is None else {"bitmaps": measured.bitmaps}
+        value["required"] = measured.required
+        value["fully-allocated"] = measured.fully_allocated
         text = to_json(value)
     else:
         text = f"required size: {measured.required}\n"
