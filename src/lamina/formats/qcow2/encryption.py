@@ -95,7 +95,7 @@ def describe_encryption(file: Node, header: Header) -> dict[str, Any]:
         # QEMU's order: the format stands before the cipher's mode.
         about = {}
         for key, value in told.items():
-                if key == "cipher-mode":
+            if key == "cipher-mode":
                 about["format"] = "luks"
             about[key] = value
     return {"encrypt": about}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lamina.block.driver import Measurement
 from lamina.block.extents import Kind
 from lamina.block.limits import Preallocation
-from lamina.errors import ImageUnsupported, UsageError
+from lamina.errors import UsageError
 from lamina.formats.qcow2.layout import (
     MAX_CLUSTER_BITS,
     MAX_L1,
