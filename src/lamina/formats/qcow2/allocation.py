@@ -116,33 +116,21 @@ class Allocator:
 
     # -- taking ----------------------------------------------------------------------------------
 
-    def allocate(self, count: int) -> tuple[int, int]:
-        """(host offset, clusters) of one free run: ``count`` clusters, or less where a new
-        refcount block has to be put in between. They are counted already."""
+    def allocate(self, count: int, what: str = "data cluster") -> int:
+        """Host offset of ``count`` free clusters in a row; they are counted already."""
         self.file.event("cluster_alloc")
-        first, found = self._search(count)
-        self._take(first, found)
         if count == 1:
-            self._hint = first + 1
-        self._run_hint = max(first + found, self._hint)
-        return first << self.cluster_bits, found
+            first = self._search_one()
+        else:
+            first = self._search_run(count, max(self._hint, self._run_hint))
+        return self._take(first, count, what)
 
     def allocate_table(self, count: int, what: str) -> int:
-        """Host offset of ``count`` contiguous clusters for metadata."""
-        self.file.event("cluster_alloc")
+        """The same for metadata: gaps in front are looked at again."""
         if count == 1:
-            first, _ = self._search(1)
-            self._hint = first + 1
-        else:
-            first = self._search_exact(count)
-            self._ensure_blocks(first, count)
-        offset = first << self.cluster_bits
-        if not offset:
-            raise self.corruption.found(
-                f"Preventing invalid allocation of {what} at offset 0", structure="refcounts"
-            )
-        self._take(first, count)
-        return offset
+            return self.allocate(1, what)
+        self.file.event("cluster_alloc")
+        return self._take(self._search_run(count, self._hint), count, what)
 
     def allocate_bytes(self, length: int) -> int:
         """Host offset of ``length`` bytes, less than a cluster, for compressed data.
@@ -160,7 +148,7 @@ class Allocator:
         if used and length <= cluster_size - used:
             self.refcounts.add(current, 1)
         else:
-            offset, _ = self.allocate(1)
+            offset = self.allocate(1)
             if used and offset >> self.cluster_bits == current + 1:
                 try:
                     self.refcounts.add(current, 1)
@@ -172,53 +160,32 @@ class Allocator:
         self._byte_cursor = cursor + length
         return cursor
 
-    def _take(self, first: int, count: int) -> None:
+    def _take(self, first: int, count: int, what: str) -> int:
+        offset = first << self.cluster_bits
         if (first + count) << self.cluster_bits > MAX_HOST_OFFSET:
             raise StorageError.from_errno(errno.EFBIG)
-        if not first:
+        if not offset:
             # The header is there: the counts are wrong.
             raise self.corruption.found(
-                "Preventing invalid allocation of data cluster at offset 0", structure="refcounts"
+                f"Preventing invalid allocation of {what} at offset 0", structure="refcounts"
             )
-        self.overlap.check(first << self.cluster_bits, count << self.cluster_bits)
+        self.overlap.check(offset, count << self.cluster_bits)
+        self._ensure_blocks(first, count)
         self.refcounts.add(first, count)
+        if count == 1:
+            self._hint = first + 1
+        self._run_hint = max(first + count, self._hint)
+        return offset
 
-    def _search(self, count: int) -> tuple[int, int]:
-        """(first cluster, clusters) of a free run whose refcount blocks exist."""
-        refcounts = self.refcounts
-        width, per_block = refcounts.width, refcounts.per_block
-        cluster = self._hint if count == 1 else max(self._hint, self._run_hint)
-        start = cluster
-        """Of the free run that ends at ``cluster``."""
-        while True:
-            index, place = divmod(cluster, per_block)
-            block = refcounts.block(index)
-            if block is None:
-                if cluster > start:
-                    return start, cluster - start
-                if index >= len(refcounts.table):
-                    self._grow_table(index, cluster)
-                else:
-                    self._new_block(index, index * per_block)
-                continue
-            if cluster == start:
-                place = width.next_free(block, place)
-                start = cluster = index * per_block + place
-                if place == per_block:
-                    continue
-            end = width.next_used(block, place, place + count - (cluster - start))
-            cluster = index * per_block + end
-            if cluster - start == count:
-                return start, count
-            if end < per_block:
-                # In use from here on: this gap was too small.
-                start = cluster
+    def _search_one(self) -> int:
+        """A free cluster whose refcount block exists."""
+        return self._free_behind(self._hint)
 
-    def _search_exact(self, count: int) -> int:
+    def _search_run(self, count: int, start: int) -> int:
         """First cluster of ``count`` free ones in a row; their refcount blocks may be missing."""
         refcounts = self.refcounts
         width, per_block = refcounts.width, refcounts.per_block
-        cluster = start = self._hint
+        cluster = start
         while cluster - start < count:
             index, place = divmod(cluster, per_block)
             if index >= len(refcounts.table):
@@ -232,9 +199,11 @@ class Allocator:
                 start = cluster = index * per_block + place
                 if place == per_block:
                     continue
-            end = width.next_used(block, place, place + count - (cluster - start))
+            wanted = place + count - (cluster - start)
+            end = width.next_used(block, place, wanted)
             cluster = index * per_block + end
-            if end < per_block and cluster - start < count:
+            if end < min(wanted, per_block):
+                # In use from here on: this gap was too small.
                 start = cluster
         return start
 

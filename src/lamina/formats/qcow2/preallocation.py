@@ -32,14 +32,14 @@ def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) ->
                 if not free:
                     cluster += 1
                     continue
-                host, found = allocator.allocate(free)
+                host = allocator.allocate(free)
                 try:
-                    tables.store(cluster, entry_run(host, found, mapping.unit))
+                    tables.store(cluster, entry_run(host, free, mapping.unit))
                 except BaseException:
-                    allocator.cancel(host, found)
+                    allocator.cancel(host, free)
                     raise
-                host_end = max(host_end, host + found * mapping.unit)
-                cluster += found
+                host_end = max(host_end, host + free * mapping.unit)
+                cluster += free
             mapping.metadata.relieve()
     return host_end
 

@@ -13,7 +13,7 @@ from lamina.formats.qcow2.layout import (
     MAX_SNAPSHOT_TABLE,
     Snapshot,
     is_valid_table,
-    parse_snapshots,
+    parse_snapshot,
 )
 
 if TYPE_CHECKING:
@@ -22,29 +22,44 @@ if TYPE_CHECKING:
 
 
 def read_snapshots(file: Node, header: Header) -> list[Snapshot]:
-    """All entries of the table. Raises ImageCorrupt."""
-    if not header.nb_snapshots:
-        return []
-    room = max(0, file.size - header.snapshots_offset)
-    table = file.read(header.snapshots_offset, min(room, _longest(header.nb_snapshots)))
-    snapshots = parse_snapshots(table, header.nb_snapshots)
-    last = snapshots[-1]
-    if last.entry_offset + last.entry_length > MAX_SNAPSHOT_TABLE:
-        raise _error("Snapshot table is too big", header)
-    for index, snapshot in enumerate(snapshots):
-        if snapshot.extra_data_size > MAX_SNAPSHOT_EXTRA:
-            error = _error(f"Too much extra metadata in snapshot table entry {index}", header)
-            error.hint = (
-                "You can force-remove this extra metadata by updating the image via "
-                "'qemu-img check -r all'"
-            )
-            raise error
+    """All entries of the table, read piece by piece: it may be long. Raises ImageCorrupt."""
+    snapshots: list[Snapshot] = []
+    piece, piece_start = b"", 0
+    position = 0
+    for index in range(header.nb_snapshots):
+        if position + _LONGEST > piece_start + len(piece):
+            piece, piece_start = _read_piece(file, header, position), position
+        _check_extra(piece, position - piece_start, index, header)
+        snapshot = parse_snapshot(piece, position - piece_start, index)
+        snapshot.entry_offset = position
+        snapshots.append(snapshot)
+        position += snapshot.entry_length
+        if position > MAX_SNAPSHOT_TABLE:
+            raise _error("Snapshot table is too big", header)
     return snapshots
 
 
-def _longest(count: int) -> int:
-    """Bytes that the entries can take: names are at most 64 KiB each, extra data is bounded."""
-    return min(MAX_SNAPSHOT_TABLE, count * (40 + MAX_SNAPSHOT_EXTRA + 2 * 65535 + 8))
+_LONGEST = 40 + MAX_SNAPSHOT_EXTRA + 2 * 65535 + 8
+"""Bytes of an entry: names are at most 64 KiB each, extra data is bounded."""
+_PIECE = 1 << 20
+
+
+def _read_piece(file: Node, header: Header, position: int) -> bytes:
+    """What lies behind the end of the file reads as zeroes: entries without names."""
+    start = header.snapshots_offset + position
+    length = min(_PIECE, header.nb_snapshots * _LONGEST)
+    there = max(0, min(file.size - start, length))
+    return (file.read(start, there) if there else b"").ljust(length, b"\0")
+
+
+def _check_extra(piece: bytes, start: int, index: int, header: Header) -> None:
+    if int.from_bytes(piece[start + 36 : start + 40], "big") > MAX_SNAPSHOT_EXTRA:
+        error = _error(f"Too much extra metadata in snapshot table entry {index}", header)
+        error.hint = (
+            "You can force-remove this extra metadata by updating the image via "
+            "'qemu-img check -r all'"
+        )
+        raise error
 
 
 def _error(message: str, header: Header) -> ImageCorrupt:
