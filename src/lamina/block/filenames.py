@@ -93,14 +93,36 @@ def local_file(filename: str) -> str | None:
 
 
 def local_driver(filename: str) -> str:
-    """``host_device`` for devices, ``file`` for everything else, missing files included."""
+    """``host_device`` or ``host_cdrom`` for devices, ``file`` for everything else, missing files
+    included."""
     import stat
 
     try:
         mode = os.stat(filename).st_mode
     except (OSError, ValueError):
         return "file"
-    return "host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file"
+    if stat.S_ISBLK(mode):
+        return "host_cdrom" if _is_cdrom(filename) else "host_device"
+    return "host_device" if stat.S_ISCHR(mode) else "file"
+
+
+def _is_cdrom(device: str) -> bool:
+    """Whether a block device is a drive with a medium that comes and goes: it tells its state."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.ioctl(fd, 0x5326, (1 << 31) - 1)  # CDROM_DRIVE_STATUS of the current slot
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 # -- names relative to an image --------------------------------------------------------------------

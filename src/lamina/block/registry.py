@@ -22,6 +22,7 @@ _FORMATS = {
 
 _PROTOCOLS = {
     "file": "lamina.protocols.file:DRIVER",
+    "host_cdrom": "lamina.protocols.file.host_device:CDROM_DRIVER",
     "host_device": "lamina.protocols.file.host_device:DRIVER",
     "null-aio": "lamina.protocols.null:AIO_DRIVER",
     "null-co": "lamina.protocols.null:DRIVER",
@@ -36,6 +37,7 @@ _FILTERS = {
 _PREFIXES = {
     "blkdebug": "blkdebug",
     "file": "file",
+    "host_cdrom": "host_cdrom",
     "host_device": "host_device",
     "null-aio": "null-aio",
     "null-co": "null-co",

@@ -82,11 +82,11 @@ class CopyOnReadNode(Node):
     # -- reading ---------------------------------------------------------------------------------
 
     def readv(self, requests: Sequence[ReadRequest]) -> None:
+        self.file.readv(requests)
         if not self.read_only:
             for offset, buffer in requests:
                 if len(buffer):
                     self._bring_up(offset, offset + len(buffer))
-        self.file.readv(requests)
 
     def _bring_up(self, start: int, end: int) -> None:
         """Copy what the image does not hold of the allocation units from ``start`` to ``end``."""

@@ -24,10 +24,16 @@ def test_missing_file(tmp_path: Path, open_file: Opener) -> None:
 @pytest.mark.parametrize("writer", [False, True])
 def test_only_regular_files(tmp_path: Path, open_file: Opener, writer: bool) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it for reading would wait for a writer
-    for name in (str(tmp_path), "/dev/null", str(tmp_path / "pipe")):
+    for name in ("/dev/null", str(tmp_path / "pipe"), *([] if writer else [str(tmp_path)])):
         with pytest.raises(UsageError) as caught:
             open_file(Path(name), writer=writer)
         assert str(caught.value) == f"'file' driver requires '{name}' to be a regular file"
+
+
+def test_directories_are_not_written(tmp_path: Path, open_file: Opener) -> None:
+    with pytest.raises(StorageError) as caught:
+        open_file(tmp_path)
+    assert str(caught.value) == f"Could not open '{tmp_path}': Is a directory"
 
 
 def test_names_that_no_file_can_have(open_file: Opener) -> None:
@@ -46,7 +52,8 @@ def _context() -> object:
 
 
 def test_prefix_is_stripped() -> None:
-    assert DRIVER.parse_filename("file:a:b") == {"filename": "a:b"}
+    assert DRIVER.parse_filename("file:a.raw") == {"filename": "a.raw"}
+    assert DRIVER.parse_filename("file:a:b") == {"filename": "./a:b"}
     assert DRIVER.parse_filename("a.raw") == {"filename": "a.raw"}
 
 

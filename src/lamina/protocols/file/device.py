@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from lamina.block.extents import Extent, Kind
-from lamina.block.limits import Preallocation
-from lamina.block.node import NodeOptions
-from lamina.errors import UsageError
+from lamina.block.limits import Preallocation, WriteFlags
+from lamina.block.node import NodeOptions, ReadRequest, WriteRequest
+from lamina.errors import StorageError, UsageError
 from lamina.protocols.file import allocation, locks
 from lamina.protocols.file.direct import DirectFileNode, sector_size
 from lamina.protocols.file.node import FileNode
@@ -21,6 +23,10 @@ from lamina.units import SECTOR, round_down, round_up
 if TYPE_CHECKING:
     from lamina.protocols.file import FileOptions
 
+# Of linux/cdrom.h.
+_CDROM_DRIVE_STATUS = 0x5326
+_CURRENT_SLOT = (1 << 31) - 1
+_DISC_OK = 4
 # Of linux/fs.h.
 _BLKROGET = 0x125E
 _BLKDISCARD = 0x1277
@@ -96,11 +102,66 @@ class DirectDeviceNode(DirectFileNode, DeviceNode):
     """A device behind O_DIRECT."""
 
 
-def open_device(options: FileOptions, node_options: NodeOptions) -> FileNode:
-    """Raises UsageError for what is no device, StorageError where the host refuses."""
+class CdromNode(DeviceNode):
+    """A drive whose medium comes and goes. It is opened empty, too (O_NONBLOCK)."""
+
+    driver: ClassVar[str] = "host_cdrom"
+    open_flags = getattr(os, "O_NONBLOCK", 0)
+
+    def is_inserted(self) -> bool:
+        if sys.platform != "linux":
+            return True
+        import fcntl
+
+        try:
+            status = fcntl.ioctl(self._fd, _CDROM_DRIVE_STATUS, _CURRENT_SLOT)
+        except OSError:
+            return False
+        return status == _DISC_OK
+
+    def readv(self, requests: Sequence[ReadRequest]) -> None:
+        self._require_medium()
+        super().readv(requests)
+
+    def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
+        self._require_medium()
+        super().writev(requests, flags)
+
+    def _require_medium(self) -> None:
+        if not self.is_inserted():
+            raise StorageError.from_errno(errno.ENOMEDIUM, path=self.path)
+        if not self._length:
+            self._length = self._find_length()
+
+
+class DirectCdromNode(DirectFileNode, CdromNode):
+    """A drive behind O_DIRECT."""
+
+
+_KINDS: dict[tuple[str, bool], type[DeviceNode]] = {
+    ("host_device", False): DeviceNode,
+    ("host_device", True): DirectDeviceNode,
+    ("host_cdrom", False): CdromNode,
+    ("host_cdrom", True): DirectCdromNode,
+}
+
+
+def open_device(driver: str, options: FileOptions, node_options: NodeOptions) -> DeviceNode:
+    """``driver`` is host_device or host_cdrom.
+
+    Raises UsageError for what is no device, StorageError where the host refuses.
+    """
     path = options.filename
-    fd, read_only = open_checked(path, node_options, _check_device)
-    kind = DirectDeviceNode if node_options.direct and hasattr(os, "O_DIRECT") else DeviceNode
+    kind = _KINDS[driver, node_options.direct and hasattr(os, "O_DIRECT")]
+
+    def check(path: str, mode: int) -> None:
+        if not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode):
+            raise UsageError(
+                f"'{driver}' driver requires '{path}' to be either a character or block device",
+                path=path,
+            )
+
+    fd, read_only = open_checked(path, node_options, check, flags=kind.open_flags)
     try:
         node = kind(node_options, fd, path, locking=locks.available(options.locking))
     except BaseException:
@@ -108,14 +169,6 @@ def open_device(options: FileOptions, node_options: NodeOptions) -> FileNode:
         raise
     node.read_only = read_only
     return node
-
-
-def _check_device(path: str, mode: int) -> None:
-    if not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode):
-        raise UsageError(
-            f"'host_device' driver requires '{path}' to be either a character or block device",
-            path=path,
-        )
 
 
 def is_read_only(fd: int) -> bool:

@@ -1,4 +1,4 @@
-"""host_device: block and character devices; the names of such choose it by themselves."""
+"""host_device and host_cdrom: block and character devices, whose names choose them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
     from lamina.block.node import Node
 
-PREFIX = "host_device:"
-
 
 @dataclass(frozen=True)
 class DeviceCreateOptions:
@@ -27,18 +25,22 @@ class DeviceCreateOptions:
 
 
 class HostDeviceDriver(Driver):
-    name = "host_device"
+    """Both drivers of devices; they differ in the kind of node."""
+
     Options = FileOptions
     CreateOptions = DeviceCreateOptions
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def parse_filename(self, filename: str) -> dict[str, Any]:
-        return {"filename": filename.removeprefix(PREFIX)}
+        return {"filename": filename.removeprefix(f"{self.name}:")}
 
     def open(self, options: FileOptions, context: OpenContext) -> Node:
         from lamina.protocols.file.device import open_device
 
         check_options(self.name, options, direct=context.node_options.direct)
-        return open_device(options, context.node_options)
+        return open_device(self.name, options, context.node_options)
 
     def create_file(
         self, filename: str, options: DeviceCreateOptions, context: CreateContext
@@ -51,12 +53,15 @@ class HostDeviceDriver(Driver):
 
         if options.preallocation != "off":
             raise UsageError(f"Unsupported preallocation mode '{options.preallocation}'")
-        path = filename.removeprefix(PREFIX)
-        with open_device(FileOptions(filename=path), NodeOptions(read_only=False)) as node:
+        path = filename.removeprefix(f"{self.name}:")
+        with open_device(
+            self.name, FileOptions(filename=path), NodeOptions(read_only=False)
+        ) as node:
             perm = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
             node.used_by(None, "creation", perm, Perm.ALL)
             node.truncate(options.size, exact=False)
             node.write(0, bytes(min(SECTOR, node.size)))
 
 
-DRIVER = HostDeviceDriver()
+DRIVER = HostDeviceDriver("host_device")
+CDROM_DRIVER = HostDeviceDriver("host_cdrom")

@@ -36,6 +36,8 @@ class FileNode(Node):
     """
 
     driver: ClassVar[str] = "file"
+    open_flags: ClassVar[int] = 0
+    """For open(2), beside those that all files are opened with."""
 
     def __init__(self, options: NodeOptions, fd: int, path: str, *, locking: bool) -> None:
         super().__init__(options)
@@ -277,7 +279,12 @@ class FileNode(Node):
         """Put a descriptor of the other kind in the place of ours. Raises StorageError."""
         from lamina.protocols.file.opening import open_descriptor
 
-        replacement = open_descriptor(self.path, read_only=read_only, direct=self.options.direct)
+        replacement = open_descriptor(
+            self.path,
+            read_only=read_only,
+            direct=self.options.direct,
+            flags=self.open_flags,
+        )
         try:
             if self._locks is not None:
                 self._locks.move_to(replacement)

@@ -43,19 +43,18 @@ def _check_regular(path: str, mode: int) -> None:
 
 
 def open_checked(
-    path: str, node_options: NodeOptions, check: Callable[[str, int], None]
+    path: str, node_options: NodeOptions, check: Callable[[str, int], None], *, flags: int = 0
 ) -> tuple[int, bool]:
     """A descriptor, and whether it is for reading only.
 
-    ``check`` raises for a kind of file (``st_mode``) that the caller does not serve; it sees a file
-    before that is opened, because opening a pipe would wait for its other end.
+    ``check`` raises for a kind of file (``st_mode``) that the caller does not serve.
     """
-    mode = _mode(path)
-    if mode is not None:
-        check(path, mode)
     # With auto-read-only, writing has to wait until somebody wants to (``FileNode``).
     read_only = node_options.read_only or node_options.auto_read_only
-    fd = open_descriptor(path, read_only=read_only, direct=node_options.direct)
+    mode = _mode(path) if read_only else None
+    if mode is not None:
+        check(path, mode)  # before a pipe makes us wait for its other end
+    fd = open_descriptor(path, read_only=read_only, direct=node_options.direct, flags=flags)
     try:
         check(path, os.fstat(fd).st_mode)
     except BaseException:
@@ -72,9 +71,9 @@ def _mode(path: str) -> int | None:
         return None
 
 
-def open_descriptor(path: str, *, read_only: bool, direct: bool = False) -> int:
+def open_descriptor(path: str, *, read_only: bool, direct: bool = False, flags: int = 0) -> int:
     """Raises StorageError with a sentence that names the file."""
-    flags = os.O_RDONLY if read_only else os.O_RDWR
+    flags |= os.O_RDONLY if read_only else os.O_RDWR
     flags |= getattr(os, "O_BINARY", 0)
     if direct:
         flags |= getattr(os, "O_DIRECT", 0)
