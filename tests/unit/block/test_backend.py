@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.block.backend import Backend
+from lamina.block.creation import create_image
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
-from lamina.block.limits import Limits, Preallocation, WriteFlags
+from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.block.session import Session
@@ -326,19 +327,20 @@ def test_what_a_node_cannot_do_stays_an_error() -> None:
 # -- copy on read ----------------------------------------------------------------------------------
 
 
-class Overlay(Recorder):
-    """Nothing of it is here yet; its unit is 1 KiB."""
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(write_zeroes_alignment=1024)
-
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        return [
-            Extent(start, min(1024, offset + length - start), kind)
-            for start in range(offset, offset + length, 1024)
-            for kind in [Kind.DATA if start == 1024 else Kind.BELOW]
-        ]
+def test_copy_on_read_keeps_what_it_reads(disk: str) -> None:
+    session = Session(warn=print)
+    create_image("top", "qcow2", session=session, backing_file=disk, backing_format="raw")
+    for copies in (False, True):
+        with Backend.open("top", session=session, writable=True, copy_on_read=copies) as one:
+            assert one.read(1000, 24) == bytes(24)
+            kinds = {extent.kind for extent in one.node.unfiltered.extents(0, one.size)}
+            assert (Kind.BELOW in kinds) is not copies
+    with (
+        # The guess does not become a certainty by having a filter on top.
+        Backend.open(disk, session=session, writable=True, copy_on_read=True) as one,
+        pytest.raises(Refused),
+    ):
+        one.write(0, QCOW2)
 
 
 def test_copy_on_read_needs_to_write(disk: str) -> None:
