@@ -45,6 +45,8 @@ SNAPSHOT_HEADER = 40
 """Bytes of an entry of the snapshot table before extra data, id and name."""
 
 _FORCE_REMOVE = "You can force-remove {} with qemu-img check -r all"
+_OVERFLOW_LINES = 100
+"""A single cluster may have millions of references too many; no need to say it so often."""
 _OVERFLOW_HINT = (
     "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean "
     "copy if the image cannot be opened for writing"
@@ -254,8 +256,10 @@ class ImageCheck:
             return
         for index in np.flatnonzero(census.counts > maximum).tolist():
             offset = (census.first + index) << self.header.cluster_bits
-            for _ in range(int(census.counts[index]) - maximum):
-                self.corruption(f": overflow cluster offset={offset:#x}")
+            surplus = int(census.counts[index]) - maximum
+            self.result.corruptions += surplus
+            for _ in range(min(surplus, _OVERFLOW_LINES)):
+                self.report(f"ERROR: overflow cluster offset={offset:#x}")
                 self.report(_OVERFLOW_HINT)
             census.counts[index] = maximum
 
