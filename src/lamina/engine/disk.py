@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
@@ -294,9 +294,8 @@ class Disk(Node):
                 else:
                     failures = self.metadata.close()
         for name, error in failures:
-            self.context.warn(f"Failed to flush the {name}: {error}")
-        if not failures and not self.options.no_flush:
-            try:
+            self.context.warn(f"error: Failed to flush the {name}: {error}")
+        if not failures:
+            # Whoever waits for data to be durable flushes, and is told; closing promises nothing.
+            with suppress(LaminaError):
                 self._flush_children(self.metadata.generation)
-            except LaminaError as error:
-                self.context.warn(f"Failed to flush {self.filename}: {error}")

@@ -239,21 +239,21 @@ class Metadata:
     # -- the end ---------------------------------------------------------------------------------
 
     def close(self) -> list[tuple[str, LaminaError]]:
-        """The last commit. Returns what could not be flushed: the source's name and the error.
+        """The last commit. Returns what could not be flushed, by the names of all sources: if one
+        stage fails, the others are not certain to be durable either.
 
         Nothing is lost silently and nothing is tried for ever: after this, what is dirty is gone.
         """
-        failures: list[tuple[str, LaminaError]] = []
+        if not self.dirty:
+            return []
         try:
             self.commit(counts=True)
             self.barrier()
         except LaminaError as error:
-            failures = [
-                (source.name, error)
-                for source in self.sources
-                if source.name and source.dirty_bytes
-            ] or [("", error)]
-        return failures
+            return [(source.name, error) for source in self.sources if source.name] or [
+                ("metadata", error)
+            ]
+        return []
 
 
 class Puts:

@@ -373,8 +373,8 @@ def test_closing_with_a_broken_file_reports_each_cache() -> None:
     storage(disk).hook = broken
     disk.close()
     assert warnings(disk) == [
-        "Failed to flush the table cache: Input/output error",
-        "Failed to flush the count cache: Input/output error",
+        "error: Failed to flush the table cache: Input/output error",
+        "error: Failed to flush the count cache: Input/output error",
     ]
 
 
