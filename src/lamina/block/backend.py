@@ -250,6 +250,13 @@ class Backend:
         if length:
             self.node.discard(offset, length)
 
+    def write_vmstate(self, offset: int, data: memoryview) -> None:
+        """Bytes of VM state, which formats with internal snapshots keep behind the disk."""
+        self._check_writable()
+        self.node.unfiltered.write_vmstate(offset, data)
+        if self._writethrough:
+            self.node.flush()
+
     def flush(self) -> None:
         self.node.flush()
 

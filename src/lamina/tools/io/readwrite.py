@@ -122,8 +122,7 @@ def run_write(shell: Shell, arguments: Sequence[str]) -> None:
         return
     data = _data_to_write(shell, given, count)
     if given.flag("b"):
-        node = backend.node.unfiltered
-        seconds = timed("write", lambda: node.write_vmstate(offset, data))
+        seconds = timed("write", lambda: backend.write_vmstate(offset, data))
     elif given.flag("c"):
         seconds = timed("write", lambda: backend.write_compressed([(offset, data)]))
     else:
