@@ -65,9 +65,13 @@ class Tool:
             self._say(hint)
 
     def warn(self, text: str) -> None:
-        """A warning; ``text`` with or without the word in front. The loud one stands alone."""
-        if text.startswith("WARNING:"):
+        """A warning; ``text`` with or without the word in front. The loud one stands alone, and so
+        does what a format says of an image; ``error: `` stands before what is more than a warning.
+        """
+        if text.startswith(("WARNING:", "qcow2: ", "qcow2_free_clusters ")):
             self._say(text)
+        elif text.startswith("error: "):
+            self._say(f"{self.name}: {text.removeprefix('error: ')}")
         elif text.startswith("warning:"):
             self._say(f"{self.name}: {text}")
         else:

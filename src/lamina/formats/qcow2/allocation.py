@@ -170,6 +170,7 @@ class Allocator:
                 f"Preventing invalid allocation of {what} at offset 0", structure="refcounts"
             )
         self.overlap.check(offset, count << self.cluster_bits)
+        self.file.event("refblock_alloc")
         self._ensure_blocks(first, count)
         self.refcounts.add(first, count)
         if count == 1:
@@ -239,7 +240,6 @@ class Allocator:
     def _new_block(self, index: int, cluster: int) -> None:
         """Put the refcount block ``index`` at ``cluster``, which it counts itself or whose count
         another block keeps."""
-        self.file.event("refblock_alloc")
         offset = cluster << self.cluster_bits
         if not offset:
             raise self.corruption.found(

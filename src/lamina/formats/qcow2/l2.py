@@ -146,7 +146,6 @@ class Tables:
             return
         old = self.table_offset(l1_index)
         allocator = self.allocator()
-        self.file.event("l2_alloc_write")
         offset = allocator.allocate_table(1, "L2 table")
         try:
             content = self._whole_table(old) if old else bytearray(self.header.cluster_size)
@@ -155,6 +154,7 @@ class Tables:
             raise
         for start in range(0, len(content), self.slice_bytes):
             self.cache.new(offset + start, content[start : start + self.slice_bytes])
+        self.file.event("l2_alloc_write")
         self.overlap.add_l2_table(offset)
         self._set_l1(l1_index, offset | COPIED)
         if old:

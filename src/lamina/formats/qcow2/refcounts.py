@@ -51,7 +51,6 @@ class Refcounts:
             capacity=cache_bytes,
             stage=Stage.COUNTS,
             name="refcount block cache",
-            load_event="refblock_load",
             store_event="refblock_update_part",
         )
         self._table: array[int] | None = None
@@ -98,7 +97,11 @@ class Refcounts:
     def block(self, index: int) -> bytearray | None:
         """The block that counts the clusters from ``index * per_block`` on."""
         offset = self.block_offset(index)
-        return self.cache.get(offset) if offset else None
+        if not offset:
+            return None
+        block = self.cache.get(offset)
+        self.file.event("refblock_load")
+        return block
 
     def get(self, cluster: int) -> int:
         index, place = divmod(cluster, self.per_block)
