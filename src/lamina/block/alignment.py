@@ -15,7 +15,7 @@ import errno
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from lamina.block.limits import Limits, WriteFlags
@@ -199,44 +199,58 @@ def check_resizable(node: Node, perm: Perm) -> None:
 
 
 class RangeLocks:
-    """Ranges of bytes in use: shared ones exclude only exclusive ones."""
+    """Ranges of bytes in use: shared ones exclude only exclusive ones.
+
+    Whoever comes first goes first: a request waits for all earlier ones that exclude it, whether
+    those are under way or wait themselves. So nobody starves, and nobody waits in a circle.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._shared: list[Range] = []
-        self._exclusive: list[Range] = []
+        self._claims: list[_Claim] = []
+        """In the order in which they came."""
 
-    @contextmanager
-    def shared(self, ranges: Sequence[Range]) -> Iterator[None]:
+    def shared(self, ranges: Sequence[Range]) -> AbstractContextManager[None]:
         """All of ``ranges`` at once: a batch that held some and waited for others could hang."""
-        with self._changed:
-            while any(_overlaps(one, self._exclusive) for one in ranges):
-                self._changed.wait()
-            self._shared.extend(ranges)
-        try:
-            yield
-        finally:
-            with self._changed:
-                for one in ranges:
-                    self._shared.remove(one)
-                self._changed.notify_all()
+        return self._hold(_Claim(ranges, exclusive=False))
+
+    def exclusive(self, range: Range) -> AbstractContextManager[None]:
+        return self._hold(_Claim((range,), exclusive=True))
 
     @contextmanager
-    def exclusive(self, range: Range) -> Iterator[None]:
+    def _hold(self, claim: _Claim) -> Iterator[None]:
         with self._changed:
-            while _overlaps(range, self._exclusive) or _overlaps(range, self._shared):
-                self._changed.wait()
-            self._exclusive.append(range)
+            self._claims.append(claim)
         try:
+            with self._changed:
+                while self._has_to_wait(claim):
+                    self._changed.wait()
             yield
         finally:
             with self._changed:
-                self._exclusive.remove(range)
+                self._claims.remove(claim)
                 self._changed.notify_all()
 
+    def _has_to_wait(self, claim: _Claim) -> bool:
+        for earlier in self._claims:
+            if earlier is claim:
+                return False
+            if earlier.excludes(claim):
+                return True
+        raise AssertionError("a claim that was never made")
 
-def _overlaps(one: Range, others: Sequence[Range]) -> bool:
-    return any(one[0] < end and start < one[1] for start, end in others)
+
+class _Claim:
+    def __init__(self, ranges: Sequence[Range], *, exclusive: bool) -> None:
+        self._ranges = ranges
+        self._exclusive = exclusive
+
+    def excludes(self, other: _Claim) -> bool:
+        return (self._exclusive or other._exclusive) and any(
+            start < other_end and other_start < end
+            for start, end in self._ranges
+            for other_start, other_end in other._ranges
+        )
 
 
 _spare_buffers: list[mmap.mmap] = []

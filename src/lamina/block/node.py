@@ -294,9 +294,8 @@ class Node(ABC):
                 attachment.detach()
 
     def _close(self) -> None:
-        """What a driver with something to finish overrides. The children are still open."""
-        if not self.read_only:
-            self.flush()
+        """What a driver with something to finish overrides. The children are still open, and finish
+        what is theirs when they are closed."""
 
     def __enter__(self) -> Node:
         return self

@@ -185,10 +185,7 @@ class PreallocateNode(Node):
                     raise error.in_context("Failed to drop preallocation: ") from None
 
     def _close(self) -> None:
-        try:
-            self._drop()
-        finally:
-            super()._close()
+        self._drop()
 
 
 class PreallocateDriver(Driver):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lamina.block.keyvalue import flatten
+from lamina.block.keyvalue import flatten, subset
 from lamina.block.options import Spec, Type, convert
 from lamina.errors import StorageError, UsageError
 from lamina.filters.blkdebug.rules import EVENTS, IO_TYPES, InjectError, Rule, SetState
@@ -81,18 +81,20 @@ def _sections(lines: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def rules_from_options(name: str, given: Mapping[str, Any]) -> list[Rule]:
-    """``given`` is what follows ``inject-error.`` or ``set-state.``: one rule, or numbered ones."""
-    numbered: dict[int, dict[str, Any]] = {}
-    single: dict[str, Any] = {}
-    for key, value in flatten(given).items():
-        number, dot, rest = key.partition(".")
-        if dot and number.isdigit():
-            numbered.setdefault(int(number), {})[rest] = value
-        else:
-            single[key] = value
-    rules = [numbered[number] for number in sorted(numbered)]
-    if single:
-        rules.append(single)
+    """``given`` is what follows ``inject-error.`` or ``set-state.``: one rule, or rules numbered
+    from 0 on. Raises UsageError."""
+    flat = flatten(given)
+    found: list[dict[str, Any]] = []
+    while part := subset(flat, f"{len(found)}."):
+        found.append(part)
+    single = {key: value for key, value in flat.items() if "." not in key}
+    for key in flat:
+        number, dot, _ = key.partition(".")
+        if dot and single:
+            raise UsageError(f"Unknown option '{key}' for [{name}]", field=key)
+        if dot and number not in map(str, range(len(found))):
+            raise UsageError(f"Unused option '{key}' for [{name}]", field=key)
+    rules = [single] if single else found
     for rule in rules:
         for key in rule:
             if key not in _KEYS[name]:

@@ -295,7 +295,8 @@ class FileNode(Node):
 
     def _close(self) -> None:
         try:
-            super()._close()
+            if not self.read_only:
+                self.flush()
         finally:
             # No later call may find the file that gets this number next.
             fd, self._fd = self._fd, -1
