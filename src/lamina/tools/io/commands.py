@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from lamina.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +20,8 @@ class WrongArguments(CommandFailed):
     """The options of a command are fine, but not what follows them: the synopsis says it all."""
 
 
-class Command(NamedTuple):
+@dataclass(frozen=True)
+class Command:
     synopsis: str
     """What follows the name."""
     purpose: str
@@ -34,9 +37,9 @@ class Command(NamedTuple):
     alias: str = ""
 
     def line(self, name: str) -> str:
-        return f"{name} {self.synopsis} -- {self.purpose}" if self.synopsis != "" else (
-            f"{name} -- {self.purpose}"
-        )
+        """The synopsis and the purpose, under the name that the user called it by."""
+        called = f"{name} {self.synopsis}" if self.synopsis else name
+        return f"{called} -- {self.purpose}"
 
     def complaint(self, name: str, count: int) -> str | None:
         """What is wrong with calling it with so many arguments."""

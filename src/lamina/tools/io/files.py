@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lamina.block.backend import Backend
 from lamina.block.cache_modes import cache_mode
 from lamina.block.keyvalue import parse_keyvalue
 from lamina.errors import LaminaError, UsageError
+from lamina.records import dataclass
 from lamina.tools.arguments import Option, parse
 from lamina.tools.io.commands import WrongArguments
 
@@ -31,7 +32,8 @@ _REOPEN_OPTIONS = (
 )
 
 
-class How(NamedTuple):
+@dataclass(frozen=True)
+class How:
     """What the switches of ``open``, and those of the tool itself, say about opening."""
 
     read_only: bool = False

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lamina.errors import UsageError
+from lamina.records import replace
 from lamina.tools.arguments import GetoptError, Option, Parsed, parse
 from lamina.tools.io.shell import Shell
 from lamina.tools.tool import EXIT_FAILURE, EXIT_OK
@@ -36,6 +37,10 @@ OPTIONS = (
 
 
 def run(arguments: list[str], tool: Tool) -> int:
+    # Like C's: in blocks unless somebody watches, and messages of errors overtake it.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(write_through=False, line_buffering=sys.stdout.isatty())
     try:
         given = parse(arguments, OPTIONS, stop_at=("help", "version"))
     except GetoptError as error:
@@ -78,7 +83,7 @@ def _how(given: Parsed) -> How:
 
     letters = {option.key: option.short for option in OPTIONS}
     how = how_to_open([(letters[key], value) for key, value in given.given])
-    return how._replace(format=given.value("format"), image_opts=given.flag("image-opts"))
+    return replace(how, format=given.value("format"), image_opts=given.flag("image-opts"))
 
 
 def _usage(tool: Tool, code: int) -> int:
