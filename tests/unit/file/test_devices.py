@@ -94,11 +94,14 @@ def test_creating_forgets_the_first_sector(loop: str) -> None:
 
 def test_devices_that_refuse_writes(loop: str) -> None:
     subprocess.run(["blockdev", "--setro", loop], check=True)
-    with pytest.raises(StorageError) as caught:
-        open_node(DRIVER, loop, read_only=False)
-    assert str(caught.value) == "The device is not writable: Permission denied"
-    with open_node(DRIVER, loop) as node:
-        assert node.read(0, 3) == b"old"
+    try:
+        with pytest.raises(StorageError) as caught:
+            open_node(DRIVER, loop, read_only=False)
+        assert str(caught.value) == "The device is not writable: Permission denied"
+        with open_node(DRIVER, loop) as node:
+            assert node.read(0, 3) == b"old"
+    finally:
+        subprocess.run(["blockdev", "--setrw", loop], check=True)  # else the next user inherits it
 
 
 def test_drives_without_a_medium(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
