@@ -34,6 +34,8 @@ COPY_AHEAD = 32 << 20
 """Bytes of units that one round touches at most: a bound for the copies it holds."""
 TABLE_WORK = 1 << 17
 """Units whose table entries one zero or discard changes before memory may be relieved."""
+ZEROES_AT_ONCE = 1 << 20
+"""Bytes of zeroes that are written where tables cannot say them."""
 ENCODE_AHEAD = 16 << 20
 """Bytes of units that one compressed write encodes at a time."""
 ENCRYPT_STEP = 1 << 20
@@ -350,7 +352,10 @@ class Writer:
     def _zero_slowly(self, start: int, end: int, flags: WriteFlags) -> None:
         if flags & WriteFlags.NO_FALLBACK:
             raise ImageUnsupported("Operation not supported")
-        self.disk.write_zero_bytes(start, end - start, WriteFlags.NONE)
+        # Not by way of the node: an aligner there may hold the range for this very request.
+        zeroes = memoryview(bytes(min(end - start, ZEROES_AT_ONCE)))
+        for offset in range(start, end, ZEROES_AT_ONCE):
+            self.write([(offset, zeroes[: min(ZEROES_AT_ONCE, end - offset)])])
 
     def erase(self, start: int, end: int) -> None:
         """Zeroes over the data that this layer has there; what it has not stays below."""

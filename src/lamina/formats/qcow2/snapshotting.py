@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
-from lamina.errors import ImageUnsupported
+from lamina.errors import ImageUnsupported, LaminaError, StorageError
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.header import is_lazy, write_features
 from lamina.formats.qcow2.layout import (
@@ -55,7 +55,7 @@ def find(mapping: Qcow2Mapping, name: str, message: str) -> Snapshot:
 def create(mapping: Qcow2Mapping, info: SnapshotInfo) -> None:
     """Keep the disk as it is now. Raises StorageError (EINVAL) where a count cannot rise."""
     if len(mapping.snapshots) >= MAX_SNAPSHOTS:
-        raise ImageUnsupported("Too many snapshots", errno=errno.EFBIG)
+        raise StorageError.from_errno(errno.EFBIG)
     header, file = mapping.header, mapping.file
     with _changing(mapping):
         shared = Tree(file, header, header.l1_table_offset, header.l1_size, with_l1=False)
@@ -112,7 +112,12 @@ def apply(mapping: Qcow2Mapping, name: str) -> None:
     """The disk becomes what it was, its length included; the snapshot stays."""
     snapshot = find(mapping, name, "Failed to load snapshot: No such file or directory")
     header, file = mapping.header, mapping.file
-    check_l1(snapshot, header)
+    try:
+        check_l1(snapshot, header)
+    except LaminaError as error:
+        mapping.warn(str(error))
+        number = StorageError.from_errno(error.errno)
+        raise number.in_context("Failed to load snapshot: ") from None
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
     if size != header.size and header.version < 3:
         raise ImageUnsupported("Can't resize a v2 image which has snapshots")

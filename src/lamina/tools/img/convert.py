@@ -115,8 +115,6 @@ def run(arguments: list[str], tool: Tool) -> int:
         settings = _settings(given, tool)
         settings.progress = progress
         size = sum(source.size for source in sources)
-        if given.flag("source-snapshot"):
-            raise UsageError("Failed to load snapshot: Can't find snapshot")
         if given.flag("no-create"):
             target = stack.enter_context(_open_target(tool, given, target_name))
             if target.size < size:
@@ -175,6 +173,8 @@ def _check(given: Parsed) -> None:
         raise UsageError("-o has no effect when skipping image creation")
     if len(given.operands) < 2:
         raise UsageError("Must specify image file name")
+    if given.flag("source-snapshot") and len(given.operands) > 2:
+        raise UsageError("No support for concatenating multiple snapshot")
     check_cache_mode(given.value("source-cache", "writeback"), source=True)
     check_cache_mode(given.value("target-cache", "unsafe"))
 
@@ -198,7 +198,7 @@ def _settings(given: Parsed, tool: Tool) -> Settings:
 
 
 def _open_source(tool: Tool, given: Parsed, name: str) -> Backend:
-    return open_image(
+    source = open_image(
         tool,
         name,
         format=given.value("source-format"),
@@ -208,6 +208,25 @@ def _open_source(tool: Tool, given: Parsed, name: str) -> Backend:
         # What is being copied must not change meanwhile.
         shared=Perm.ALL if given.flag("force-share") else Perm.CONSISTENT_READ,
     )
+    if given.flag("source-snapshot"):
+        try:
+            _load_snapshot(source, given.value("source-snapshot"))
+        except LaminaError as error:
+            source.close()
+            raise error.in_context("Failed to load snapshot: ") from None
+    return source
+
+
+def _load_snapshot(source: Backend, wanted: str) -> None:
+    """``wanted``: an id or a name, or ``snapshot.id=…,snapshot.name=…``."""
+    from lamina.block import registry
+    from lamina.block.keyvalue import parse_keyvalue
+
+    if wanted.startswith("snapshot."):
+        said = parse_keyvalue(wanted)
+        wanted = str(said.get("snapshot.id", said.get("snapshot.name", "")))
+    layer = source.node.unfiltered
+    registry.driver(layer.driver).load_snapshot(layer, wanted)
 
 
 def _open_target(tool: Tool, given: Parsed, name: str) -> Backend:
