@@ -63,7 +63,7 @@ def theirs(reference: str, image_opts: bool, format: str | None) -> str:
 
 def shape(filename: str, format: str, size: int) -> str:
     if filename.startswith("json:"):
-        filename = "json:" + json.dumps(json.loads(filename[5:]), sort_keys=True)
+        filename = "json:" + json.dumps(json.loads(filename[5:]))
     return f"{filename} {format} {size}"
 
 
@@ -164,6 +164,9 @@ OPTIONS = [
     "driver=qcow2,file.filename=a.raw",
     "driver=null-co,size=5M,read-zeroes=on",
     "driver=null-co,latency-ns=-1",
+    "driver=null-co,latency-ns=5",
+    "driver=raw,file.driver=null-co",
+    "driver=qcow2,file.driver=blkdebug,file.opt-discard=512,file.image.filename=a.qcow2",
     "driver=raw,file.driver=null-co,file.size=1M",
     "driver=raw,file.filename=a,,b",
     "driver=raw,file.filename=odd:name",

@@ -92,7 +92,7 @@ class Driver:
         return {"filename": filename}
 
     def plain_filename(self, given: Mapping[str, Any]) -> str | None:
-        """Protocols: the file name that stands for exactly these options, if there is one."""
+        """Protocols: the file name that stands for exactly these strong options, if any does."""
         return None
 
     # -- creating --------------------------------------------------------------------------------

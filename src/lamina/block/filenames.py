@@ -210,8 +210,38 @@ def local_path(options: Mapping[str, Any]) -> str | None:
 # -- names to show -------------------------------------------------------------------------------
 
 
+def description(node: Node) -> dict[str, Any]:
+    """Dotted options that open the same as ``node``."""
+    if is_json(node.filename):
+        return parse_json(node.filename)
+    if is_local(node):
+        return {"driver": node.driver, "filename": node.filename}
+    if registry.is_protocol(node.driver):
+        return protocol_options(node.filename)
+    below = {f"file.{key}": value for key, value in description(node.file).items()}
+    return {"driver": node.driver, **below}
+
+
 def json_filename(options: Mapping[str, Any]) -> str:
     """``json:{…}`` for a graph that no plain name describes. Dotted keys become objects."""
     import json
 
-    return "json:" + json.dumps(nest(options), ensure_ascii=False)
+    return "json:" + json.dumps(_in_order(nest(options)), ensure_ascii=False)
+
+
+_BEFORE_DRIVER = ("children", "image", "offset", "read-zeroes", "throttle-group")
+
+
+def _in_order(value: Any) -> Any:
+    """Keys in the order that QEMU shows them in, so that people can compare."""
+    if isinstance(value, list):
+        return [_in_order(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+
+    def rank(key: str) -> int:
+        if key in _BEFORE_DRIVER:
+            return 0
+        return {"driver": 1, "file": 3}.get(key, 2)
+
+    return {key: _in_order(value[key]) for key in sorted(value, key=rank)}

@@ -432,7 +432,7 @@ def shown_filename(
     if registry.is_protocol(driver.name):
         if isinstance(own.get("filename"), str):
             return str(own["filename"])
-        return driver.plain_filename(own) or filenames.json_filename(
+        return driver.plain_filename(strong) or filenames.json_filename(
             {"driver": driver.name, **strong}
         )
     file = node.child("file")
@@ -441,17 +441,5 @@ def shown_filename(
     on_storage = registry.is_protocol(file.driver) and not filenames.is_json(file.filename)
     if driver.is_format and on_storage and not strong:
         return file.filename
-    below = {f"file.{key}": value for key, value in _description(file).items()}
+    below = {f"file.{key}": value for key, value in filenames.description(file).items()}
     return filenames.json_filename({**strong, "driver": driver.name, **below})
-
-
-def _description(node: Node) -> dict[str, Any]:
-    """Dotted options that open the same as ``node``."""
-    if filenames.is_json(node.filename):
-        return filenames.parse_json(node.filename)
-    if filenames.is_local(node):
-        return {"driver": node.driver, "filename": node.filename}
-    if registry.is_protocol(node.driver):
-        return filenames.protocol_options(node.filename)
-    below = {f"file.{key}": value for key, value in _description(node.file).items()}
-    return {"driver": node.driver, **below}

@@ -89,7 +89,7 @@ class NullNode(Node):
 
 class NullDriver(Driver):
     Options = NullOptions
-    strong_options = ("size", "latency-ns", "read-zeroes")
+    strong_options = ("size", "read-zeroes")
 
     def __init__(self, name: str) -> None:
         self.name = name
