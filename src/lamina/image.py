@@ -109,7 +109,7 @@ class Image:
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Region]:
         """What the disk holds, in order, without gaps; backing files are looked through."""
-        from lamina.jobs.status import chain_extents
+        from lamina.block.status import chain_extents
 
         end = self.size if length is None else offset + length
         last: Region | None = None

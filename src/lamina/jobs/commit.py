@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lamina.block.permissions import Perm
+from lamina.block.status import chain
 from lamina.errors import LaminaError
 from lamina.jobs.convert import Batch, Conversion, Settings
 from lamina.jobs.sources import Sources
-from lamina.jobs.status import chain
 
 if TYPE_CHECKING:
     from lamina.block.backend import Backend

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Kind
+from lamina.block.status import Status
 from lamina.errors import LaminaError
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.sources import Sources, side_by_side
-from lamina.jobs.status import Status
 from lamina.jobs.zeroes import is_zero
 from lamina.records import dataclass
 from lamina.units import KIB, SECTOR
@@ -110,7 +110,7 @@ class Comparison:
                 self.look,
                 lambda piece: self.judge(piece, pool),
                 workers=workers,
-                ahead=2 * workers + 2,
+                ahead=6 * workers,
             )
         except _Differs as found:
             return found.result

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
+from lamina.block.status import Status
 from lamina.errors import LaminaError
 from lamina.jobs.convert import Batch, Conversion, Settings
 from lamina.jobs.sources import Sources
-from lamina.jobs.status import Status
 
 if TYPE_CHECKING:
     from lamina.block.backend import Backend

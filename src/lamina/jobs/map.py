@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Kind
-from lamina.jobs.status import chain, chain_columns, chain_extents
+from lamina.block.status import chain, chain_columns, chain_extents
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from lamina.block.node import Node
-    from lamina.jobs.status import ChainColumns, Status
+    from lamina.block.status import ChainColumns, Status
 
 _MANY_UNITS = 1 << 16
 """Allocation units beyond which it pays to load numpy and work with columns."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
+from lamina.block.status import chain
 from lamina.errors import LaminaError, UsageError
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.sources import Sources, side_by_side
-from lamina.jobs.status import chain
 from lamina.units import KIB, round_down, round_up
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Rebase:
             self.look,
             lambda piece: self.write(piece, pool),
             workers=workers,
-            ahead=2 * workers + 2,
+            ahead=6 * workers,
         )
 
     # -- what there is to compare ----------------------------------------------------------------

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
+from lamina.block.status import Status, chain_extents
 from lamina.errors import LaminaError
 from lamina.jobs.sources import Sources
-from lamina.jobs.status import Status, chain_extents
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

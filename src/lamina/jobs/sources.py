@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lamina.jobs.status import Status, chain_extents
+from lamina.block.status import Status, chain_extents
 
 if TYPE_CHECKING:
     from lamina.block.backend import Backend

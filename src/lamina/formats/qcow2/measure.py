@@ -110,7 +110,7 @@ def _data_clusters(source: Node, unit: int) -> int:
     """Clusters of the new image that would hold something else than zeroes."""
     if source.size // unit > _MANY_CLUSTERS:
         return _data_clusters_of_columns(source, unit)
-    from lamina.jobs.status import chain_extents
+    from lamina.block.status import chain_extents
 
     step = unit << 12
     clusters, last = 0, -1
@@ -128,7 +128,7 @@ def _data_clusters(source: Node, unit: int) -> int:
 def _data_clusters_of_columns(source: Node, unit: int) -> int:
     import numpy as np
 
-    from lamina.jobs.status import chain_columns
+    from lamina.block.status import chain_columns
 
     clusters, before = 0, -1
     for piece in chain_columns(source):

@@ -6,9 +6,9 @@ import pytest
 
 from lamina.block.extents import Kind
 from lamina.block.node import Node
-from lamina.jobs.status import Status, chain_columns, chain_extents, is_allocated
+from lamina.block.status import Status, chain_columns, chain_extents, is_allocated
 
-from .memory import MemoryDisk, SparseFile
+from tests.unit.jobs.memory import MemoryDisk, SparseFile
 
 K = 1024
 
