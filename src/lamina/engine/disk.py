@@ -275,10 +275,23 @@ class Disk(Node):
     def reopen(self, *, read_only: bool) -> None:
         if read_only == self.read_only:
             return
+        if read_only:
+            self._finish()
         super().reopen(read_only=read_only)
-        with self.lock:
+        try:
+            with self.lock:
+                self.mapping.reopened(read_only=read_only)
+        except BaseException:
+            super().reopen(read_only=not read_only)
+            raise
+
+    def _finish(self) -> None:
+        """Leave the image as one that nobody is writing to."""
+        self.flush()
+        with self.exclusive():
+            self.mapping.close()
             self.writer.close_gate()
-            self.mapping.reopened(read_only=read_only)
+        self.flush()
 
     def _close(self) -> None:
         """The last flush. What fails is reported, not raised: whoever must know flushes before."""

@@ -17,7 +17,7 @@ from lamina.block.limits import WriteFlags
 from lamina.block.node import NodeOptions
 from lamina.engine.disk import Disk
 from lamina.engine.writer import layout, rounds
-from lamina.errors import ImageCorrupt, ImageUnsupported, StorageError
+from lamina.errors import ImageCorrupt, ImageUnsupported, Refused, StorageError
 from lamina.testing import sample
 from lamina.testing.context import NodesContext
 from lamina.testing.memory import MemoryFile
@@ -640,3 +640,19 @@ def test_large_reads_of_compressed_units_use_several_threads() -> None:
     with pytest.raises(ImageCorrupt):
         disk.read(0, len(data))
     assert disk.read(0, 40 * unit) == data[: 40 * unit]
+
+
+def test_a_mapping_that_refuses_to_be_written_stays_read_only() -> None:
+    disk = make()
+    disk.reopen(read_only=True)
+
+    def refuse(*, read_only: bool) -> None:
+        if not read_only:
+            raise Refused("Image is corrupt")
+
+    disk.mapping.reopened = refuse  # type: ignore[method-assign]
+    with pytest.raises(Refused):
+        disk.reopen(read_only=False)
+    assert disk.read_only
+    assert storage(disk).read_only
+    assert disk.read(0, 10) == bytes(10)
