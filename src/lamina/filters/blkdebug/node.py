@@ -83,6 +83,9 @@ class BlkdebugNode(Node):
     def resume(self, tag: str) -> None:
         self.rules.resume(tag)
 
+    def resume_all(self) -> None:
+        self.rules.resume_all()
+
     def is_suspended(self, tag: str) -> bool:
         return self.rules.is_suspended(tag)
 

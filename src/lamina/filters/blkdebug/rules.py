@@ -11,6 +11,7 @@ Rules that were added later are looked at first, and the first ``set-state`` rul
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 from collections.abc import Iterable
 
@@ -122,7 +123,7 @@ class Rules:
             else:
                 self._by_event[event].remove(rule)
                 held.append(Suspended(rule.tag))
-                print(f"blkdebug: Suspended request '{rule.tag}'", flush=True)
+                _say(f"blkdebug: Suspended request '{rule.tag}'")
         if injected:
             self._active = injected
         self._suspended[:0] = reversed(held)
@@ -186,7 +187,7 @@ class Rules:
     def _resume(self, tag: str) -> bool:
         for one in self._suspended:
             if one.tag == tag:
-                print(f"blkdebug: Resuming request '{tag}'", flush=True)
+                _say(f"blkdebug: Resuming request '{tag}'")
                 self._suspended.remove(one)
                 one.resumed = True
                 self._changed.notify_all()
@@ -211,3 +212,9 @@ class Rules:
             return self._changed.wait_for(
                 lambda: any(one.tag == tag for one in self._suspended), timeout
             )
+
+
+def _say(line: str) -> None:
+    """In one piece, as other threads may be printing too."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
