@@ -194,9 +194,6 @@ class Node(ABC):
         """
         return 0
 
-    def expect_write(self, offset: int, length: int) -> None:
-        """A hint: these bytes, so far a hole, are about to be written. Never fails."""
-
     @abstractmethod
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Where these bytes are, in order, without gaps; this layer only (``Kind.BELOW``)."""

@@ -1,7 +1,7 @@
 """Copying disks, one behind the other, onto a target.
 
-The extents of the sources say what there is to move. Runs of data are gathered into batches of half
-a mebibyte, each with a buffer of its own that is used again and again (fresh pages of memory cost
+The extents of the sources say what there is to move. Runs of data are gathered into batches of a
+mebibyte, each with a buffer of its own that is used again and again (fresh pages of memory cost
 more than the copy into them). Worker threads read the batches, decoding as they go, and look for
 zeroes; this thread writes them in the order of their addresses, so that the target comes out
 sequential, and one core reads while another writes.
@@ -23,13 +23,15 @@ from lamina.jobs.salvage import SalvagedSources
 from lamina.jobs.sources import Sources
 from lamina.jobs.zeroes import between, is_zero, zero_runs
 from lamina.records import dataclass
-from lamina.units import KIB, MIB, round_down, round_up
+from lamina.units import MIB, round_down, round_up
 
 if TYPE_CHECKING:
     from lamina.block.backend import Backend
     from lamina.block.node import Node
 
-_BATCH = 512 * KIB
+_BATCH = MIB
+_AHEAD = 4 * MIB
+"""Bytes that may have been read and are not written yet: they should fit into a cache."""
 _COMPRESSED_BATCH = 4 * MIB
 """Many units, so that they can be encoded side by side."""
 _MOST_RUNS = 512
@@ -56,8 +58,6 @@ class Settings:
     """Otherwise only what the sources know to be zero is treated as such."""
     copy_range: bool = False
     """Let the storage copy by itself where it can."""
-    out_of_order: bool = False
-    """The target may be written in any order, several writes at once."""
     workers: int = 8
     rate: int = 0
     """Bytes a second; 0: as fast as can be."""
@@ -142,29 +142,24 @@ class Conversion:
             self._overlapped()
 
     def _overlapped(self) -> None:
-        workers = max(1, min(self.settings.workers, os.cpu_count() or 1))
+        workers = min(self.settings.workers, 2 * (os.cpu_count() or 1))
         pool: list[Batch] = []
 
         def fresh() -> Batch:
             return pool.pop() if pool else Batch(self.batch_size)
 
-        def read_and_write(batch: Batch) -> None:
-            self.read(batch)
-            self.write(batch)
-
         def write_and_reuse(batch: Batch) -> None:
-            if not self.settings.out_of_order:
-                self.write(batch)
+            self.write(batch)
             self.report(batch.done)
             batch.clear()
             pool.append(batch)
 
         overlapped(
             self.batches(self.counted(self.plan()), fresh),
-            read_and_write if self.settings.out_of_order else self.read,
+            self.read,
             write_and_reuse,
             workers=workers,
-            ahead=2 * workers + 2,
+            ahead=max(_AHEAD // self.batch_size, workers + 2),
         )
 
     def _one_by_one(self) -> None:

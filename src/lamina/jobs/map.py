@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.block.status import ChainColumns, Status
 
+    Integers = npt.NDArray[np.int64]
+    Numbers = list[int] | Integers
+
 _MANY_UNITS = 1 << 16
 """Allocation units beyond which it pays to load numpy and work with columns."""
 _STEP = 1 << 30
 """Bytes of the disk looked at in one go without columns."""
-_BLOCK = 1 << 16
+_BLOCK = 1 << 11
 """Rows in one block, at most."""
 
 
@@ -40,16 +43,25 @@ class Fate(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A block of runs in order, as lists: bulk formatting wants no object per run.
+    """A block of runs in order. The figures are lists, or arrays where there are many.
 
     Figures in bytes. ``fates[fate[i]]`` belongs to run i; ``offset`` is -1 where there is none.
     """
 
-    start: list[int]
-    length: list[int]
-    fate: list[int]
-    offset: list[int]
+    start: Numbers
+    length: Numbers
+    fate: Numbers
+    offset: Numbers
     fates: list[Fate]
+
+    def without_last(self) -> Rows:
+        return Rows(
+            self.start[:-1], self.length[:-1], self.fate[:-1], self.offset[:-1], self.fates
+        )
+
+    def as_lists(self) -> list[list[int]]:
+        """Starts, lengths, fates and offsets."""
+        return [one if isinstance(one, list) else one.tolist() for one in self[:4]]
 
 
 def map_rows(node: Node, offset: int, length: int) -> Iterator[Rows]:
@@ -96,51 +108,52 @@ def _from_extents(node: Node, offset: int, length: int) -> Iterator[Rows]:
     fates = _Fates(node)
     end = offset + length
     for start in range(offset, end, _STEP):
-        rows = Rows([], [], [], [], fates.all)
+        block = _Block()
         for status in chain_extents(node, start, min(_STEP, end - start)):
-            _append(rows, fates, status)
-        yield rows
+            block.append(fates, status)
+        yield Rows(block.start, block.length, block.fate, block.offset, fates.all)
 
 
-def _append(rows: Rows, fates: _Fates, status: Status) -> None:
-    extent = status.extent
-    number = fates.number(
-        extent.kind, status.depth, status.reads_zero, extent.host_offset >= 0, extent.node
-    )
-    offset = extent.host_offset if fates.all[number].file is not None else -1
-    if rows.fate and rows.fate[-1] == number and _continues(rows, offset):
-        rows.length[-1] += extent.length
-        return
-    rows.start.append(extent.guest_offset)
-    rows.length.append(extent.length)
-    rows.fate.append(number)
-    rows.offset.append(offset)
+class _Block:
+    """Runs being collected one by one."""
+
+    def __init__(self) -> None:
+        self.start: list[int] = []
+        self.length: list[int] = []
+        self.fate: list[int] = []
+        self.offset: list[int] = []
+
+    def append(self, fates: _Fates, status: Status) -> None:
+        extent = status.extent
+        number = fates.number(
+            extent.kind, status.depth, status.reads_zero, extent.host_offset >= 0, extent.node
+        )
+        offset = extent.host_offset if fates.all[number].file is not None else -1
+        if self.fate and self.fate[-1] == number and offset == _next_offset(self):
+            self.length[-1] += extent.length
+            return
+        self.start.append(extent.guest_offset)
+        self.length.append(extent.length)
+        self.fate.append(number)
+        self.offset.append(offset)
 
 
-def _continues(rows: Rows, offset: int) -> bool:
-    """Whether a run of the same fate at ``offset`` goes on where the last one ends."""
-    last = rows.offset[-1]
-    return offset == (last + rows.length[-1] if last >= 0 else -1)
+def _next_offset(rows: Rows | _Block) -> int:
+    """The offset of a run that carries on the last one."""
+    last = int(rows.offset[-1])
+    return last + int(rows.length[-1]) if last >= 0 else -1
 
 
 def _from_columns(node: Node, offset: int, length: int) -> Iterator[Rows]:
     fates = _Fates(node)
     for piece in chain_columns(node, offset, length):
-        start, lengths, fate, host = _join_columns(piece, *_fate_columns(piece, fates))
-        for first in range(0, len(start), _BLOCK):
-            part = slice(first, first + _BLOCK)
-            yield Rows(
-                start[part].tolist(),
-                lengths[part].tolist(),
-                fate[part].tolist(),
-                host[part].tolist(),
-                fates.all,
-            )
+        columns = _join_columns(piece, *_fate_columns(piece, fates))
+        for first in range(0, len(columns[0]), _BLOCK):
+            start, lengths, fate, host = (one[first : first + _BLOCK] for one in columns)
+            yield Rows(start, lengths, fate, host, fates.all)
 
 
-def _fate_columns(
-    piece: ChainColumns, fates: _Fates
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _fate_columns(piece: ChainColumns, fates: _Fates) -> tuple[Integers, Integers]:
     """Number of the fate and offset of each row."""
     import numpy as np
 
@@ -167,10 +180,8 @@ def _fate_columns(
 
 
 def _join_columns(
-    piece: ChainColumns, fate: npt.NDArray[np.int64], host: npt.NDArray[np.int64]
-) -> tuple[
-    npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]
-]:
+    piece: ChainColumns, fate: Integers, host: Integers
+) -> tuple[Integers, Integers, Integers, Integers]:
     """Start, length, fate and offset of the rows after joining."""
     import numpy as np
 
@@ -189,14 +200,14 @@ def _joined(blocks: Iterable[Rows]) -> Iterator[Rows]:
     """Join the last run of a block with the first one of the next."""
     held: Rows | None = None
     for rows in blocks:
-        if not rows.start:
+        if not len(rows.start):
             continue
         if held is not None:
-            if held.fate[-1] == rows.fate[0] and _continues(held, rows.offset[0]):
-                rows.start[0], rows.offset[0] = held.start.pop(), held.offset.pop()
-                rows.length[0] += held.length.pop()
-                held.fate.pop()
-            if held.start:
+            if held.fate[-1] == rows.fate[0] and rows.offset[0] == _next_offset(held):
+                rows.start[0], rows.offset[0] = held.start[-1], held.offset[-1]
+                rows.length[0] += held.length[-1]
+                held = held.without_last()
+            if len(held.start):
                 yield held
         held = rows
     if held is not None:

@@ -14,6 +14,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_PATIENCE = 4
+"""Times that an item was waited for before there is one thread more."""
+
 
 class _Task(Generic[T]):
     __slots__ = ("done", "error", "item")
@@ -39,6 +42,9 @@ def overlapped(
     being finished: so no more than that are in memory, and an item's resources can be reused for
     a later one once it is finished. The first error, in the order of the items, ends everything
     and is raised; no thread is left.
+
+    Items are handed over by the handful: waking a thread for each costs more than some of them.
+    There is one thread to begin with, and more, up to ``workers``, when it does not keep up.
     """
     queue: SimpleQueue[_Task[T] | None] = SimpleQueue()
     stopping = False
@@ -54,25 +60,34 @@ def overlapped(
 
     threads: list[threading.Thread] = []
     waiting: deque[_Task[T]] = deque()
+    delays = 0
+
+    def add_thread() -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        threads.append(thread)
 
     def finish_first() -> None:
+        nonlocal delays
         task = waiting.popleft()
-        task.done.acquire()
+        if not task.done.acquire(blocking=False):
+            delays += 1
+            if delays % _PATIENCE == 0 and len(threads) < workers:
+                add_thread()
+            task.done.acquire()
         if task.error is not None:
             raise task.error
         finish(task.item)
 
     try:
+        add_thread()
         for item in items:
             task = _Task(item)
             waiting.append(task)
             queue.put(task)
-            if len(threads) < workers:
-                thread = threading.Thread(target=work, daemon=True)
-                thread.start()
-                threads.append(thread)
             if len(waiting) >= ahead:
-                finish_first()
+                while len(waiting) > ahead // 2:
+                    finish_first()
         while waiting:
             finish_first()
     finally:

@@ -58,7 +58,6 @@ def test_any_disk_onto_a_dirty_one(seed: int, unit: int) -> None:
     settings = Settings(
         sparse_size=chance.choice((0, 512, 4096, 128 * K)),
         workers=chance.choice((1, 8)),
-        out_of_order=chance.random() < 0.5,
         copy_range=chance.random() < 0.2,
         look_for_zeroes=chance.random() < 0.8,
         salvage=chance.random() < 0.2,
@@ -155,15 +154,14 @@ def test_compressed_writes_are_whole_units(seed: int) -> None:
     assert target.content() == disks[0].content() + disks[1].content()
 
 
-@pytest.mark.parametrize("out_of_order", [False, True])
-def test_errors_name_the_place_and_leave_no_threads(out_of_order: bool) -> None:
+def test_errors_name_the_place_and_leave_no_threads() -> None:
     import threading
 
     source = MemoryDisk(4096 * K)
     source.fill(0, b"x" * source.size)
     target = MemoryDisk(source.size)
     source.fail_read_at = 2048 * K + 5
-    settings = Settings(target_is_zero=True, out_of_order=out_of_order)
+    settings = Settings(target_is_zero=True)
     with pytest.raises(LaminaError, match="error while reading at byte 2097152: Input/output"):
         convert([backend(source)], backend(target), settings)
     source.fail_read_at = None

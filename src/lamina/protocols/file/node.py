@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, TypeVar
 
-from lamina.block.extents import Extent, Kind
+from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, StorageError
+from lamina.protocols.file.ahead import GrowthAhead
 from lamina.protocols.file.holes import HoleMap
 from lamina.protocols.file.locks import FileLocks
 from lamina.protocols.file.transfer import continue_read, continue_write, preadv, pwritev, runs
@@ -24,6 +26,8 @@ T = TypeVar("T")
 
 _LIMITS = Limits()
 _NO_FLAGS = WriteFlags.NONE
+_ROWS = 1 << 16
+"""Of one piece of columns."""
 _NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF})
 """What copy_file_range answers where this pair of files cannot be copied inside the kernel."""
 
@@ -47,6 +51,7 @@ class FileNode(Node):
         self._locks = FileLocks(fd, path) if locking else None
         self._length = self._find_length()
         self._growth = threading.Lock()
+        self._ahead = GrowthAhead()
         self._flushing = threading.Lock()
         self._unflushed = False
         self._flush_error = 0
@@ -104,6 +109,7 @@ class FileNode(Node):
         else:
             end = max((offset + len(data) for offset, data in requests), default=0)
         if end > self._length:
+            self._ahead.prepare(self._fd, self._length, end)
             self._grow(lambda: self._write(requests))
         else:
             self._write(requests)
@@ -219,19 +225,27 @@ class FileNode(Node):
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Data and holes, to the byte. A hole is what the file system says is one."""
-        found: list[Extent] = []
-        end = offset + length
-        while offset < end:
-            region = self._holes.region(offset, self._length)
-            stop = min(region.end, end)
-            kind = Kind.DATA if region.is_data else Kind.ZERO
-            if found and found[-1].kind == kind:
-                first = found.pop()
-                found.append(first._replace(length=stop - first.guest_offset))
-            else:
-                found.append(Extent(offset, stop - offset, kind, self, offset))
-            offset = stop
-        return found
+        return [
+            Extent(start, stop - start, Kind.DATA if is_data else Kind.ZERO, self, start)
+            for start, stop, is_data in self._holes.stretches(offset, offset + length, self._length)
+        ]
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        import numpy as np
+
+        stretches = self._holes.stretches(offset, offset + length, self._length)
+        while piece := list(itertools.islice(stretches, _ROWS)):
+            table = np.array(piece, dtype=np.int64)
+            start = table[:, 0].copy()
+            yield Columns(
+                guest_offset=start,
+                length=table[:, 1] - start,
+                kind=np.where(table[:, 2] != 0, Kind.DATA, Kind.ZERO).astype(np.uint8),
+                host_offset=start,
+                stored_length=np.zeros(len(piece), dtype=np.int64),
+                node=np.zeros(len(piece), dtype=np.uint8),
+                nodes=(self,),
+            )
 
     def truncate(
         self,
@@ -296,6 +310,7 @@ class FileNode(Node):
     def _close(self) -> None:
         try:
             if not self.read_only:
+                self._ahead.give_back(self._fd)
                 self.flush()
         finally:
             # No later call may find the file that gets this number next.

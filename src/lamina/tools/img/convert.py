@@ -88,7 +88,7 @@ COMMAND = Command(
         ),
         Option("C", "copy-range-offloading", help="let the file system copy by itself"),
         Option("", "salvage", help="go on past what cannot be read; it becomes zeroes"),
-        Option("W", "oob-writes", help="write the target in any order"),
+        Option("W", "oob-writes", help="accepted: nothing is gained by writing in another order"),
         OBJECT,
     ),
     (
@@ -189,7 +189,6 @@ def _settings(given: Parsed, tool: Tool) -> Settings:
         target_is_zero=given.flag("target-is-zero"),
         look_for_zeroes=not copy_range,
         copy_range=copy_range,
-        out_of_order=given.flag("oob-writes"),
         workers=given.value("parallel", 8),
         rate=given.value("rate", 0),
         salvage=given.flag("salvage"),
@@ -239,7 +238,16 @@ def _open_target(tool: Tool, given: Parsed, name: str) -> Backend:
         writable=True,
         cache=given.value("target-cache", "unsafe"),
         discard="unmap",
+        options={} if by_options else _secrets(given),
     )
+
+
+def _secrets(given: Parsed) -> dict[str, str]:
+    """Of the creation options, those that opening what was created takes as well."""
+    from lamina.block.keyvalue import parse_keyvalue
+
+    options = parse_keyvalue(joined_options(given, "target-options"))
+    return {key: value for key, value in options.items() if key.endswith("key-secret")}
 
 
 # -- creating the target ---------------------------------------------------------------------------
