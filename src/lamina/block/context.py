@@ -20,6 +20,8 @@ class OpenContext(Protocol):
     """Tells people what no error can tell: what went wrong while closing, above all."""
     inspect: bool
     """Only metadata is wanted (``info``): open nothing that an image names, no data is read."""
+    locked: bool
+    """No data will be read: encrypted images stay locked, without their secrets."""
     check: bool
     """The image is opened to be checked or repaired: tolerate what can be."""
     image_option: Mapping[str, Any]

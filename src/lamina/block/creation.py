@@ -187,6 +187,7 @@ class Creation:
             session=self.session,
             defaults=NodeOptions(force_share=True),
             options=None if driver is None else {"driver": driver},
+            locked=True,
         )
 
     def settled(self) -> list[tuple[str, str]]:

@@ -49,6 +49,7 @@ def open_node(
     options: Mapping[str, Any] | None = None,
     protocol: bool = False,
     inspect: bool = False,
+    locked: bool = False,
     check: bool = False,
     backing: bool = True,
 ) -> Node:
@@ -56,10 +57,12 @@ def open_node(
 
     ``defaults`` are the generic options for nodes that do not say otherwise; ``options`` are merged
     with (and win over) those of ``reference``. With ``protocol`` nothing is probed and no format is
-    put on top. ``inspect``, ``check``: see ``OpenContext``. Without ``backing`` the image is opened
-    without its backing file.
+    put on top. ``inspect``, ``locked``, ``check``: see ``OpenContext``. Without ``backing`` the image
+    is opened without its backing file.
     """
-    opener = Opener(session, inspect=inspect, check=check, backing=backing)
+    opener = Opener(
+        session, inspect=inspect, locked=locked, check=check, backing=backing
+    )
     given = flatten(options or {})
     if isinstance(reference, str):
         return opener.open(reference, given, defaults, protocol=protocol)
@@ -69,9 +72,12 @@ def open_node(
 class Opener:
     """One request to open something, with what all of its nodes have in common."""
 
-    def __init__(self, session: Session, *, inspect: bool, check: bool, backing: bool) -> None:
+    def __init__(
+        self, session: Session, *, inspect: bool, locked: bool, check: bool, backing: bool
+    ) -> None:
         self.session = session
         self.inspect = inspect
+        self.locked = locked
         self.check = check
         self.backing = backing
 
@@ -221,6 +227,7 @@ class Context:
         self.secrets: Secrets = opener.session.secrets
         self.warn = opener.session.warn
         self.inspect = opener.inspect
+        self.locked = opener.locked or opener.inspect
         self.check = opener.check
         self.warn = opener.session.warn
         self.image_option = image_option

@@ -27,6 +27,7 @@ class NodesContext:
         self.warnings: list[str] = []
         self.warn: Callable[[str], None] = self.warnings.append
         self.inspect = False
+        self.locked = False
         self.check = False
         self.image_option: Mapping[str, Any] = {}
         self._children: dict[str, Node | None] = {"file": file, "backing": backing, **children}

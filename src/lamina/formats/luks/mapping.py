@@ -44,7 +44,7 @@ class LuksMapping(Mapping):
         self.header: Header = parse(_read(self.header_node, 0, SIZE), detached=detached)
         CipherSpec.of(self.header)
         self.cipher: SectorCipher | None = None
-        if not context.inspect:
+        if not context.locked:
             self.cipher = self._unlock(options, context)
 
     def _unlock(self, options: LuksOptions, context: OpenContext) -> SectorCipher:

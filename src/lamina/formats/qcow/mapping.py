@@ -78,7 +78,7 @@ class QcowMapping(Mapping):
         if self.header.crypt_method == layout.CRYPT_AES:
             self.request_alignment = SECTOR
             self.encoded_unit = 0
-            if not context.inspect:
+            if not context.locked:
                 self.cipher = _aes(options, context)
         if self.backing_name:
             backing = context.open_named(

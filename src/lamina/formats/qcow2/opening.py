@@ -54,7 +54,8 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
     encryption = None
-    if header.crypt_method != CRYPT_NONE or options.encrypt_format is not None:
+    encrypted = header.crypt_method != CRYPT_NONE or options.encrypt_format is not None
+    if encrypted and not context.locked:
         from lamina.formats.qcow2.encryption import unlock_image
 
         encryption = unlock_image(disk.file, header, options, context)

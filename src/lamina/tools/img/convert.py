@@ -295,7 +295,10 @@ def _create(tool: Tool, given: Parsed, sources: list[Backend], size: int) -> boo
         creation.run()
     except LaminaError as error:
         raise error.in_context(f"{filename}: error while converting {format}: ") from None
-    return backing is None and registry.driver(protocol_name(filename)).creates_zeroes
+    if backing is not None or _secrets(given):
+        # What an encrypted image holds where nothing was written depends on its allocation.
+        return False
+    return registry.driver(protocol_name(filename)).creates_zeroes
 
 
 def _check_support(given: Parsed, driver: Driver, options: dict[str, str]) -> None:
