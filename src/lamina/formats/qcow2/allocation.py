@@ -116,8 +116,11 @@ class Allocator:
 
     # -- taking ----------------------------------------------------------------------------------
 
-    def allocate(self, count: int, what: str = "data cluster") -> int:
-        """Host offset of ``count`` free clusters in a row; they are counted already."""
+    def allocate(self, count: int, what: str = "") -> int:
+        """Host offset of ``count`` free clusters in a row; they are counted already.
+
+        ``what`` they are for, if not for data.
+        """
         self.file.event("cluster_alloc")
         if count == 1:
             first = self._search_one()
@@ -164,12 +167,14 @@ class Allocator:
         offset = first << self.cluster_bits
         if (first + count) << self.cluster_bits > MAX_HOST_OFFSET:
             raise StorageError.from_errno(errno.EFBIG)
+        if offset or not what:
+            self.overlap.check(offset, count << self.cluster_bits)
         if not offset:
             # The header is there: the counts are wrong.
             raise self.corruption.found(
-                f"Preventing invalid allocation of {what} at offset 0", structure="refcounts"
+                f"Preventing invalid allocation of {what or 'data cluster'} at offset 0",
+                structure="refcounts",
             )
-        self.overlap.check(offset, count << self.cluster_bits)
         self.file.event("refblock_alloc")
         self._ensure_blocks(first, count)
         self.refcounts.add(first, count)

@@ -97,6 +97,7 @@ class Qcow2Mapping(Mapping):
         self.overlap = Overlap(file, header, self.corruption)
         self.overlap.watched = self.settings.overlap
         self.overlap.snapshots = self.snapshots
+        self.overlap.refcount_table = lambda: self.refcounts.table
         self.tables = Tables(
             file,
             header,
@@ -150,7 +151,6 @@ class Qcow2Mapping(Mapping):
                 self.corruption,
                 self.settings.refcount_cache,
             )
-            self.overlap.refcounts = refcounts
             allocator = Allocator(
                 self.file,
                 self.header,
@@ -314,9 +314,7 @@ class Qcow2Mapping(Mapping):
             if not host:
                 return Kind.ZERO, -1
             if host & (self.unit - 1):
-                raise self._bad_entry(
-                    f"Preallocated zero cluster offset {c_hex(host)} unaligned", cluster
-                )
+                raise self._bad_entry(f"Cluster allocation offset {c_hex(host)} unaligned", cluster)
             return Kind.ZERO, host
         if not host:
             return Kind.BELOW, -1

@@ -7,7 +7,7 @@ option; the clusters that they occupy are collected on the first write and kept 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from lamina.errors import LaminaError, UsageError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.formats.qcow2.corruption import Corruption
     from lamina.formats.qcow2.layout import Header, Snapshot
-    from lamina.formats.qcow2.refcounts import Refcounts
 
 
 class Structure(enum.IntFlag):
@@ -97,7 +96,7 @@ class Overlap:
         self.watched = _MODES["cached"]
         self.snapshots: list[Snapshot] = []
         self.l1: array[int] | None = None
-        self.refcounts: Refcounts | None = None
+        self.refcount_table: Callable[[], array[int]] | None = None
         self._clusters: dict[int, int] | None = None
         """Cluster -> structures in it. None: to be collected."""
 
@@ -107,25 +106,25 @@ class Overlap:
 
     # -- checking --------------------------------------------------------------------------------
 
-    def check(self, host_offset: int, length: int, what: str = "metadata") -> None:
+    def check(self, host_offset: int, length: int) -> None:
         """Raises ImageCorrupt if a write there would hit metadata."""
         clusters = self.occupied
         bits = self.header.cluster_bits
         first, last = host_offset >> bits, (host_offset + length - 1) >> bits
         for cluster in range(first, last + 1):
             if cluster in clusters:
-                raise self._found(clusters[cluster], what, host_offset)
+                raise self._found(clusters[cluster], host_offset)
 
     def check_table(self, host_offset: int, own: Structure) -> None:
         """Raises ImageCorrupt if the table of this kind shares its cluster with another one."""
         others = self.occupied.get(host_offset >> self.header.cluster_bits, 0) & ~own
         if others:
-            raise self._found(others, _NAMES[own], host_offset)
+            raise self._found(others, host_offset)
 
-    def _found(self, structures: int, what: str, host_offset: int) -> LaminaError:
+    def _found(self, structures: int, host_offset: int) -> LaminaError:
         name = next(name for structure, name in _NAMES.items() if structures & structure)
         return self.corruption.found(
-            f"Preventing invalid write on {what} (overlaps with {name})",
+            f"Preventing invalid write on metadata (overlaps with {name})",
             structure=name,
             offset=host_offset,
         )
@@ -196,8 +195,8 @@ class Overlap:
                 )
             ],
         )
-        if self.refcounts is not None:
-            mark(Structure.REFCOUNT_BLOCK, tables(self.refcounts.table, REFTABLE_OFFSET_MASK))
+        if self.refcount_table is not None:
+            mark(Structure.REFCOUNT_BLOCK, tables(self.refcount_table(), REFTABLE_OFFSET_MASK))
         if self.snapshots:
             end = max(s.entry_offset + s.entry_length for s in self.snapshots)
             mark(Structure.SNAPSHOT_TABLE, [(header.snapshots_offset, end)])
