@@ -7,10 +7,10 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from lamina.block.extents import Extent, Kind
+from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import NodeOptions, ReadRequest, WriteRequest
 from lamina.errors import StorageError, UsageError
@@ -48,7 +48,10 @@ class DeviceNode(FileNode):
         return os.lseek(self._fd, 0, os.SEEK_END)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        return [Extent(offset, length, Kind.DATA, self, offset)]
+        return [Extent(offset, length, Kind.DATA, self, offset)] if length else []
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        yield Columns.from_extents(self.extents(offset, length))
 
     def _zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         if (offset | length) % self._sector:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lamina.errors import StorageError
+
+_INFINITY = 1 << 63
+"""The hole at the end of a file has no end."""
 
 
 class Region(NamedTuple):
@@ -36,7 +40,7 @@ class HoleMap:
     def region(self, offset: int, length: int) -> Region:
         """The stretch around ``offset`` (its start may be cut), in a file of ``length`` bytes."""
         if offset >= length:
-            return Region(offset, 1 << 63, False)
+            return Region(offset, _INFINITY, False)
         known = self._known
         if known is not None:
             generation, region = known
@@ -49,6 +53,43 @@ class HoleMap:
             self._known = generation, region
         return region
 
+    def stretches(self, offset: int, end: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, is_data) of everything from ``offset`` to ``end``, in a file of ``length``
+        bytes. Neighbours differ: data and holes take turns, so each costs one call."""
+        generation = self.generation
+        start, stop, is_data = self.region(offset, length)
+        start = offset
+        while stop < end:
+            turn = self._end_of(stop, not is_data, length)
+            if turn > stop:
+                yield start, stop, is_data
+                start, stop, is_data = stop, turn, not is_data
+            else:
+                # It goes on after all: somebody changes the file while we look. Ask afresh.
+                region = self._find(stop, length)
+                if region.is_data != is_data:
+                    yield start, stop, is_data
+                    start, is_data = stop, region.is_data
+                stop = region.end
+        if is_data or self.exclusive:
+            self._known = generation, Region(start, stop, is_data)
+        if start < end:
+            yield start, end, is_data
+
+    def _end_of(self, offset: int, is_data: bool, length: int) -> int:
+        """Where the data or the hole that should begin at ``offset`` ends: there, if none does."""
+        if offset >= length:
+            return offset if is_data else _INFINITY
+        try:
+            if is_data:
+                return min(os.lseek(self._fd, offset, os.SEEK_HOLE), length)
+            found = os.lseek(self._fd, offset, os.SEEK_DATA)
+            return found if found < length else _INFINITY
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data up to the end of the file
+                return offset if is_data else _INFINITY
+            raise StorageError.from_os_error(error) from None
+
     def _find(self, offset: int, length: int) -> Region:
         if not self._supported:
             return Region(offset, length, True)
@@ -56,13 +97,13 @@ class HoleMap:
             data = os.lseek(self._fd, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # no data up to the end of the file
-                return Region(offset, length, False)
+                return Region(offset, _INFINITY, False)
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 self._supported = False
                 return Region(offset, length, True)
             raise StorageError.from_os_error(error) from None
         if data > offset:
-            return Region(offset, min(data, length), False)
+            return Region(offset, data if data < length else _INFINITY, False)
         try:
             hole = os.lseek(self._fd, offset, os.SEEK_HOLE)
         except OSError as error:
