@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import struct
 
 import pytest
 
+from lamina.block.info import SnapshotInfo
 from lamina.block.node import NodeOptions
 from lamina.errors import StorageError
 from lamina.formats.qcow2 import DRIVER
 from lamina.testing.crash import CrashFile, GuestLog, power_cuts
 from lamina.testing.memory import MemoryFile
-from tests.unit.qcow2.images import open_image, verify
+from tests.unit.qcow2.images import open_image, read_only, verify
 from tests.unit.qcow2_check.damage import (
     ALL,
     DAMAGES,
@@ -20,7 +22,9 @@ from tests.unit.qcow2_check.damage import (
     NOTHING,
     PACKED,
     UNIT,
+    WRITABLE,
     Damage,
+    Image,
     damaged,
     is_clean,
     run_check,
@@ -141,3 +145,37 @@ def test_reads_and_writes_after_the_repair(damage: Damage) -> None:
     disk.close()
     assert verify(bytes(file.content)).errors == []
     assert is_clean(run_check(file, NOTHING)[0])
+
+
+def with_snapshot() -> Image:
+    file = MemoryFile(sound())
+    disk = open_image(file, node_options=WRITABLE)
+    info = SnapshotInfo("", "one", 0, 5, 0, 0, 0, 0)
+    DRIVER.create_snapshot(disk, info)
+    disk.write(0, b"after" * UNIT)
+    disk.close()
+    return Image(bytes(file.content))
+
+
+def test_snapshot_table_mended() -> None:
+    """Entries without their extra data, with too much of it, and a table that is not there."""
+    image = with_snapshot()
+    table = image.get(64)
+    (extra,) = struct.unpack_from(">I", image.content, table + 36)
+    for change, line in (
+        (lambda: image.content.__setitem__(slice(table + 36, table + 40), bytes(4)), "Repairing"),
+        (lambda: struct.pack_into(">I", image.content, table + 36, 2000), "Discarding"),
+        (lambda: image.put(64, 1 << 30), "Repairing"),
+    ):
+        struct.pack_into(">I", image.content, table + 36, extra)
+        image.put(64, table)
+        change()
+        file = MemoryFile(bytes(image.content))
+        _, lines = run_check(file, ALL)
+        assert any(one.startswith(line) for one in lines), lines
+        result, lines = run_check(file, ALL)
+        result, lines = run_check(file, NOTHING)
+        assert is_clean(result), lines
+        verdict = verify(bytes(file.content))
+        assert verdict.errors == []
+        assert len(open_image(read_only(bytes(file.content))).info().snapshots) == 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -33,9 +33,10 @@ from lamina.formats.qcow2.layout import (
     parse_snapshot,
 )
 from lamina.formats.qcow2.refblock import Width
-from lamina.formats.qcow2.references import WINDOW, Census, Walk
+from lamina.formats.qcow2.references import WINDOW, Census, Walk, snapshot_table_length
 from lamina.formats.qcow2.repair import rebuild
 from lamina.formats.qcow2.stored import CountRun, StoredCounts
+from lamina.units import round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 SNAPSHOT_HEADER = 40
 """Bytes of an entry of the snapshot table before extra data, id and name."""
 
-_FORCE_REMOVE = "You can force-remove {} with qemu-img check -r all"
+_UNREADABLE = "failed to read the snapshot table"
 _OVERFLOW_LINES = 100
 """A single cluster may have millions of references too many; no need to say it so often."""
 _OVERFLOW_HINT = (
@@ -68,6 +69,14 @@ def check(mapping: Qcow2Mapping, fix: Fix, report: Callable[[str], None]) -> Che
     finally:
         if fix.leaks or fix.errors:
             mapping.reload()
+    # A table that lies outside of the file was itself a corruption.
+    outside = int(image.snapshot_table_is_outside)
+    if image.mended_snapshots and result.corruptions == outside:
+        from lamina.formats.qcow2.snapshotting import rewrite_table
+
+        rewrite_table(mapping, image.snapshots)
+        result.corruptions -= outside
+        result.corruptions_fixed += outside
     if (fix.leaks or fix.errors) and not (
         result.corruptions or result.check_errors or result.leaks
     ):
@@ -106,6 +115,8 @@ class ImageCheck:
         self.clusters = (-(-file.size // header.cluster_size)) + 1
         """Of the file."""
         self.snapshots: list[Snapshot] = []
+        self.mended_snapshots = False
+        """The snapshot table has to be written as ``snapshots`` say."""
         self._width = Width(header.refcount_order)
         self._counter = count_type(header.refcount_order)
         self._rebuilds = False
@@ -168,48 +179,75 @@ class ImageCheck:
     # -- the snapshot table ------------------------------------------------------------------------
 
     def _read_snapshots(self) -> list[Snapshot]:
-        """All entries, as far as they make sense. Raises StorageError where none does."""
-        header = self.header
+        """All entries, mended where that is allowed. Raises StorageError (EFBIG) if there are too
+        many or if one of them is too large."""
+        header, mends = self.header, self.fix.errors
         snapshots: list[Snapshot] = []
-        if header.nb_snapshots > MAX_SNAPSHOTS:
-            surplus = header.nb_snapshots - MAX_SNAPSHOTS
-            self.report("ERROR snapshot table too large")
-            self.report(_FORCE_REMOVE.format(f"all {surplus} overhanging snapshots"))
-            raise StorageError.from_errno(errno.EFBIG)
-        position = 0
-        for index in range(header.nb_snapshots):
-            fixed = self._read(header.snapshots_offset + position, SNAPSHOT_HEADER)
-            extra = int.from_bytes(fixed[36:40], "big")
+        count = header.nb_snapshots
+        if count > MAX_SNAPSHOTS:
+            surplus = count - MAX_SNAPSHOTS
+            if not mends:
+                self._give_up("snapshot table too large", f"all {surplus} overhanging snapshots")
+            self._discard(f"{surplus} overhanging snapshots", surplus)
+            count = MAX_SNAPSHOTS
+        position = kept = 0
+        for index in range(count):
+            snapshot, extra = self._read_snapshot(position, index)
             if extra > MAX_SNAPSHOT_EXTRA:
-                self.report(
-                    "ERROR failed to read the snapshot table: "
-                    f"Too much extra metadata in snapshot table entry {index}"
-                )
-                self.report(_FORCE_REMOVE.format("this extra metadata"))
-                raise StorageError.from_errno(errno.EFBIG)
-            names = int.from_bytes(fixed[12:14], "big") + int.from_bytes(fixed[14:16], "big")
-            entry = self._read(
-                header.snapshots_offset + position, SNAPSHOT_HEADER + extra + names
-            )
-            snapshot = parse_snapshot(entry, 0, index)
-            snapshot.entry_offset = position
+                what = f"too much extra metadata in snapshot table entry {index}"
+                if not mends:
+                    what = "T" + what[1:]
+                    self._give_up(f"{_UNREADABLE}: {what}", "this extra metadata")
+                self._discard(f"{what} ({extra} > {MAX_SNAPSHOT_EXTRA})", 1)
+            kept += snapshot.entry_length - max(extra - MAX_SNAPSHOT_EXTRA, 0)
+            if kept > MAX_SNAPSHOT_TABLE:
+                surplus = count - index
+                what = f"{surplus} overhanging snapshots"
+                if not mends:
+                    self._give_up(f"{_UNREADABLE}: Snapshot table is too big", f"all {what}")
+                self._discard(f"{what} (snapshot table is too big)", surplus)
+                break
             position += snapshot.entry_length
-            if position > MAX_SNAPSHOT_TABLE:
-                surplus = header.nb_snapshots - index
-                self.report(
-                    "ERROR failed to read the snapshot table: Snapshot table is too big"
-                )
-                self.report(_FORCE_REMOVE.format(f"all {surplus} overhanging snapshots"))
-                raise StorageError.from_errno(errno.EFBIG)
             if header.version >= 3 and extra < 16:
-                self.corruption(f" snapshot table entry {index} is incomplete")
+                self.corruption(f" snapshot table entry {index} is incomplete", mended=mends)
+                self.mended_snapshots |= mends
             snapshots.append(snapshot)
         return snapshots
+
+    def _give_up(self, what: str, removable: str) -> NoReturn:
+        self.report(f"ERROR {what}")
+        self.report(f"You can force-remove {removable} with qemu-img check -r all")
+        raise StorageError.from_errno(errno.EFBIG)
+
+    def _discard(self, what: str, corruptions: int) -> None:
+        self.report(f"Discarding {what}")
+        self.result.corruptions_fixed += corruptions
+        self.mended_snapshots = True
+
+    def _read_snapshot(self, position: int, index: int) -> tuple[Snapshot, int]:
+        """An entry, with no more extra data than is allowed; how much it has in the file."""
+        start = self.header.snapshots_offset + position
+        fixed = bytearray(self._read(start, SNAPSHOT_HEADER))
+        extra = int.from_bytes(fixed[36:40], "big")
+        names = int.from_bytes(fixed[12:14], "big") + int.from_bytes(fixed[14:16], "big")
+        kept = min(extra, MAX_SNAPSHOT_EXTRA)
+        fixed[36:40] = kept.to_bytes(4, "big")
+        entry = bytes(fixed) + self._read(start + SNAPSHOT_HEADER, kept)
+        entry += self._read(start + SNAPSHOT_HEADER + extra, names)
+        snapshot = parse_snapshot(entry, 0, index)
+        snapshot.entry_offset = position
+        snapshot.entry_length = round_up(SNAPSHOT_HEADER + extra + names, 8)
+        return snapshot, extra
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = bytearray(length)
         read_into(self.file, [(offset, memoryview(buffer))])
         return bytes(buffer)
+
+    @property
+    def snapshot_table_is_outside(self) -> bool:
+        end = self.header.snapshots_offset + snapshot_table_length(self.snapshots)
+        return bool(self.snapshots) and end - self.file.size >= self.header.cluster_size
 
     # -- counting and comparing --------------------------------------------------------------------
 
@@ -336,7 +374,7 @@ class ImageCheck:
                 stored.put(clusters[which], after[which])
                 changed = True
         if self.fix.errors and not upwards and not self._rebuilds:
-            # Nothing refers to what lies behind the end any more. It would leak when the file grows.
+            # Nothing refers to what lies behind the end any more: it would leak as the file grows.
             changed |= stored.clear_from(self.clusters)
         if changed:
             self.file.flush()

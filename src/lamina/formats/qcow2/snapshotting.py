@@ -190,6 +190,16 @@ def _settle(mapping: Qcow2Mapping) -> None:
     mapping.metadata.barrier()
 
 
+def rewrite_table(mapping: Qcow2Mapping, found: list[Snapshot]) -> None:
+    """Write the entries that a check found, mended, to a new table. Durable on return."""
+    header = mapping.header
+    end = header.snapshots_offset + snapshot_table_length(found)
+    # A table that is not all there has no clusters to give back.
+    mapping.snapshots[:] = found if end <= mapping.file.size else []
+    _store_table(mapping, found)
+    _settle(mapping)
+
+
 def _store_table(mapping: Qcow2Mapping, snapshots: list[Snapshot]) -> None:
     """Have the header name a new snapshot table; the old one is freed."""
     header, cluster_size = mapping.header, mapping.header.cluster_size
