@@ -87,7 +87,7 @@ class Mapping(ABC):
     """Guest bytes."""
     unit: int
     """The allocation unit in guest bytes: what is allocated, zeroed and discarded as one, and the
-    granularity at which the engine serialises writes. A power of two."""
+    granularity at which the engine serialises writes. Need not be a power of two."""
     metadata: Metadata
 
     encoded_unit: int = 0

@@ -68,7 +68,7 @@ class Writer:
         if len(requests) == 1:
             offset, data = requests[0]
             end = offset + len(data)
-            self._write_round(requests, [(offset & -unit, (end + unit - 1) & -unit)])
+            self._write_round(requests, [(offset // unit * unit, -(-end // unit) * unit)])
             return
         requests = sorted([request for request in requests if len(request[1])], key=_offset)
         if not requests:
@@ -395,7 +395,6 @@ def layout(
     some share a unit without adjoining."""
     units: list[tuple[int, int]] = []
     overlapping = sharing = False
-    mask = -unit
     end = start = stop = -1
     for offset, data in requests:
         if offset != end:
@@ -406,9 +405,9 @@ def layout(
         if offset > stop:
             if stop > start:
                 units.append((start, stop))
-            start = offset & mask
+            start = offset // unit * unit
         end = max(end, offset + len(data))
-        stop = end + unit - 1 & mask
+        stop = -(-end // unit) * unit
     units.append((start, stop))
     return units, overlapping, sharing
 

@@ -612,9 +612,11 @@ def test_threads_discarding_and_compressing_whole_units() -> None:
     checked(disk)
 
 
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 90)), min_size=1, max_size=20))
-def test_layout_agrees_with_sets(parts: list[tuple[int, int]]) -> None:
-    unit = 16
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(1, 90)), min_size=1, max_size=20),
+    st.sampled_from([16, 21]),
+)
+def test_layout_agrees_with_sets(parts: list[tuple[int, int]], unit: int) -> None:
     requests = sorted((offset, b"x" * length) for offset, length in parts)
     units, overlapping, sharing = layout(requests, unit)
     touched = {at // unit for offset, data in requests for at in range(offset, offset + len(data))}
