@@ -83,7 +83,10 @@ class Driver:
         raise NotImplementedError
 
     def reconfigure(self, node: Node, changes: Mapping[str, Any]) -> None:
-        """Change some of ``Options`` of an open node, all of them or, raising UsageError, none."""
+        """Change some of ``Options`` of an open node, all of them or, raising UsageError, none.
+
+        ``node.options``, the generic ones, have changed already.
+        """
         for key in changes:
             raise UsageError(f"Cannot change the option '{key}'", field=key)
 

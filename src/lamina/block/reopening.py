@@ -32,16 +32,22 @@ def change_options(node: Node, options: Mapping[str, Any]) -> None:
         if below:
             change_options(attachment.node, below)
     _check_fixed(node, given)
-    settings, own = generic_options(given, node.options)
-    if own:
-        registry.driver(node.driver).reconfigure(node, own)
+    before = node.options
+    settings, own = generic_options(given, before)
     node.options = replace(
-        node.options,
+        before,
         no_flush=settings.no_flush,
         unmap=settings.unmap,
         detect_zeroes=settings.detect_zeroes,
         auto_read_only=settings.auto_read_only,
     )
+    if not own and node.options == before:
+        return
+    try:
+        registry.driver(node.driver).reconfigure(node, own)
+    except BaseException:
+        node.options = before
+        raise
 
 
 def _check_fixed(node: Node, given: dict[str, Any]) -> None:

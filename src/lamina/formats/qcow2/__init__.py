@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.qcow2.options import CreateOptions as Qcow2CreateOptions
@@ -30,6 +30,15 @@ class Qcow2Driver(Driver):
         from lamina.formats.qcow2.opening import open_disk
 
         return open_disk(options, context)
+
+    def reconfigure(self, node: Node, changes: Mapping[str, Any]) -> None:
+        from lamina.formats.qcow2.reconfigure import reconfigure
+
+        with _exclusive(node) as mapping:
+            reconfigure(mapping, changes, unmap=node.options.unmap)
+            # What the first change has to say in the header may be different now.
+            assert mapping.disk is not None
+            mapping.disk.writer.close_gate()
 
     def create(self, options: Qcow2CreateOptions, file: Node, context: CreateContext) -> None:
         from lamina.formats.qcow2.create import create
