@@ -22,8 +22,8 @@ _MANY_UNITS = 1 << 16
 """Allocation units beyond which it pays to load numpy and work with columns."""
 _STEP = 1 << 30
 """Bytes of the disk looked at in one go without columns."""
-_BLOCK = 1 << 11
-"""Rows in one block, at most."""
+_BLOCK = 1 << 12
+"""Rows in one block, at most: their text fits the caches."""
 
 
 class Fate(NamedTuple):

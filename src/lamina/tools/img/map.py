@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lamina.errors import UsageError
+from lamina.jobs.map import Fate, map_rows
 from lamina.tools.arguments import (
     FORCE_SHARE,
     FORMAT,
@@ -24,7 +25,7 @@ from lamina.tools.opening import check_format_options, open_given
 from lamina.tools.tool import EXIT_OK, Tool
 
 if TYPE_CHECKING:
-    from lamina.jobs.map import Fate, Rows
+    from lamina.jobs.map import Rows
 
 COMMAND = Command(
     "[-f FMT | --image-opts] [--start-offset OFFSET] [--max-length LENGTH] [-U] "
@@ -70,8 +71,6 @@ def run(arguments: list[str], tool: Tool) -> int:
         length = min(given.value("max-length", MAX_SIZE), image.size - start)
         blocks: Iterator[Rows] = iter(())
         if length > 0:
-            from lamina.jobs.map import map_rows
-
             blocks = map_rows(image.node, start, length)
         for text in _json_texts(blocks, start) if as_json else _human_texts(blocks):
             sys.stdout.write(text)
@@ -84,46 +83,72 @@ def _human_texts(blocks: Iterator[Rows]) -> Iterator[str]:
         shown = [fate.data and not fate.zero for fate in rows.fates]
         names = [fate.file.filename if fate.file else None for fate in rows.fates]
         lines: list[str] = []
-        for start, length, fate, offset in zip(*rows[:4], strict=True):
+        for start, length, fate, offset in zip(*rows.as_lists(), strict=True):
             if not shown[fate]:
                 continue
             name = names[fate]
             if name is None:
                 yield "".join(lines)
                 raise UsageError("File contains external, encrypted or compressed clusters.")
-            lines.append(
-                f"{hex(start) if start else '0':<16}{hex(length):<16}"
-                f"{hex(offset) if offset else '0':<16}{name}\n"
-            )
+            lines.append(f"{_hex(start):<16}{_hex(length):<16}{_hex(offset):<16}{name}\n")
         yield "".join(lines)
+
+
+def _hex(number: int) -> str:
+    return hex(number) if number else "0"
 
 
 def _json_texts(blocks: Iterator[Rows], start: int) -> Iterator[str]:
     """Blocks of lines; a range without any byte has one line all the same."""
-    separator = "["
+    opening = "["
     for rows in blocks:
         fates = [_json_fate(fate) for fate in rows.fates]
-        lines = [
-            f'{{ "start": {start}, "length": {length}, {fates[fate]}, "offset": {offset}}}'
-            if offset >= 0
-            else f'{{ "start": {start}, "length": {length}, {fates[fate]}}}'
-            for start, length, fate, offset in zip(*rows[:4], strict=True)
-        ]
-        yield separator + ",\n".join(lines)
-        separator = ",\n"
-    if separator == "[":
-        yield (
-            f'[{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, '
-            f'"data": false, "compressed": false}}'
-        )
+        text = _json_lines(rows, fates) if isinstance(rows.start, list) else _bulk(rows, fates)
+        yield opening + text.removeprefix(",\n")
+        opening = ",\n"
+    if opening == "[":
+        nothing = Fate(0, present=False, zero=False, data=False, compressed=False, file=None)
+        yield f'[{{ "start": {start}, "length": 0{_json_fate(nothing)}}}'
     yield "]\n"
 
 
-def _json_fate(fate: Fate) -> str:
-    def word(flag: bool) -> str:
-        return "true" if flag else "false"
-
-    return (
-        f'"depth": {fate.depth}, "present": {word(fate.present)}, "zero": {word(fate.zero)}, '
-        f'"data": {word(fate.data)}, "compressed": {word(fate.compressed)}'
+def _json_lines(rows: Rows, fates: list[str]) -> str:
+    return "".join(
+        f',\n{{ "start": {start}, "length": {length}{fates[fate]}'
+        f"{offset if offset >= 0 else ''}}}"
+        for start, length, fate, offset in zip(*rows.as_lists(), strict=True)
     )
+
+
+def _bulk(rows: Rows, fates: list[str]) -> str:
+    """The same for arrays: millions of lines take a third of the time."""
+    import numpy as np
+
+    from lamina.tools.bulk import decimal, lines, words
+
+    start, length, fate, offset = map(np.asarray, rows[:4])
+    return lines(
+        (
+            ',\n{ "start": ',
+            decimal(start),
+            ', "length": ',
+            decimal(length),
+            words(fates, fate),
+            decimal(offset),
+            "}",
+        )
+    )
+
+
+def _json_fate(fate: Fate) -> str:
+    """What follows the length, up to the figure of the offset."""
+    flags = {
+        "present": fate.present,
+        "zero": fate.zero,
+        "data": fate.data,
+        "compressed": fate.compressed,
+    }
+    text = f', "depth": {fate.depth}'
+    for name, is_set in flags.items():
+        text += f', "{name}": {"true" if is_set else "false"}'
+    return text + (', "offset": ' if fate.file else "")
