@@ -30,6 +30,7 @@ _PROTOCOLS = {
 
 _FILTERS = {
     "blkdebug": "lamina.filters.blkdebug:DRIVER",
+    "compress": "lamina.filters.compress:DRIVER",
     "copy-on-read": "lamina.filters.copy_on_read:DRIVER",
     "preallocate": "lamina.filters.preallocate:DRIVER",
 }

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from lamina.block.alignment import RangeLocks
 from lamina.block.driver import Driver
-from lamina.block.extents import Extent, Kind
-from lamina.block.info import NodeInfo
-from lamina.block.limits import Limits, Preallocation, WriteFlags
+from lamina.block.extents import Kind
+from lamina.block.filter import FilterNode
+from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.options import Type, option
 from lamina.block.permissions import Perm
@@ -37,13 +37,12 @@ class CopyOnReadOptions:
     )
 
 
-class CopyOnReadNode(Node):
+class CopyOnReadNode(FilterNode):
     driver = "copy-on-read"
-    is_filter = True
 
     def __init__(self, options: NodeOptions, file: Node, bottom: str | None = None) -> None:
         """Raises UsageError if no layer of the chain below is called ``bottom``."""
-        super().__init__(options)
+        super().__init__(options, file)
         self._in_use = RangeLocks()
         layers = _layers(file)
         if bottom is None:
@@ -53,25 +52,6 @@ class CopyOnReadNode(Node):
             if bottom not in names:
                 raise UsageError(f"Bottom node '{bottom}' not found")
             self._sources = layers[1 : names.index(bottom) + 1]
-        self.attach("file", file)
-
-    # -- what it is ------------------------------------------------------------------------------
-
-    @property
-    def size(self) -> int:
-        return self.file.size
-
-    @property
-    def limits(self) -> Limits:
-        return self.file.limits
-
-    @property
-    def supports_compressed_writes(self) -> bool:
-        return self.file.supports_compressed_writes
-
-    def info(self) -> NodeInfo:
-        below = self.file.info()
-        return NodeInfo(self.filename, self.driver, self.size, below.actual_size)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """Reading writes, but changes nothing that anybody sees."""
@@ -135,9 +115,6 @@ class CopyOnReadNode(Node):
         with self._in_use.shared([(offset, offset + length)]):
             self.file.discard(offset, length)
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        return self.file.extents(offset, length)
-
     def truncate(
         self,
         size: int,
@@ -148,9 +125,6 @@ class CopyOnReadNode(Node):
     ) -> None:
         with self._in_use.exclusive((min(size, self.size), 1 << 63)):
             self.file.truncate(size, preallocation, exact=exact, zeroed=zeroed)
-
-    def event(self, name: str) -> None:
-        self.file.event(name)
 
 
 def _layers(node: Node) -> list[Node]:

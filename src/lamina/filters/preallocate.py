@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.driver import Driver
-from lamina.block.extents import Extent
-from lamina.block.info import NodeInfo
-from lamina.block.limits import Limits, Preallocation, WriteFlags
-from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
+from lamina.block.filter import FilterNode
+from lamina.block.limits import Preallocation, WriteFlags
+from lamina.block.node import Node, NodeOptions, WriteRequest
 from lamina.block.options import Type, option
 from lamina.block.permissions import Perm
 from lamina.errors import LaminaError, UsageError
@@ -50,17 +49,15 @@ class Tail:
     file_end: int
 
 
-class PreallocateNode(Node):
+class PreallocateNode(FilterNode):
     driver = "preallocate"
-    is_filter = True
 
     def __init__(self, options: NodeOptions, file: Node, own: PreallocateOptions) -> None:
-        super().__init__(options)
+        super().__init__(options, file)
         self._align = max(own.align, 1)
         self._step = own.size
         self._tail: Tail | None = None
         self._guard = threading.Lock()
-        self.attach("file", file)
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -69,22 +66,7 @@ class PreallocateNode(Node):
         tail = self._tail
         return self.file.size if tail is None else round_up(tail.data_end, SECTOR)
 
-    @property
-    def limits(self) -> Limits:
-        return self.file.limits
-
-    @property
-    def supports_compressed_writes(self) -> bool:
-        return self.file.supports_compressed_writes
-
-    def info(self) -> NodeInfo:
-        below = self.file.info()
-        return NodeInfo(self.filename, self.driver, self.size, below.actual_size)
-
     # -- data ------------------------------------------------------------------------------------
-
-    def readv(self, requests: Sequence[ReadRequest]) -> None:
-        self.file.readv(requests)
 
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
         end = max((offset + len(data) for offset, data in requests), default=0)
@@ -94,9 +76,6 @@ class PreallocateNode(Node):
                 self._grow(tail, end)
                 tail.zero_start = max(tail.zero_start, end)
         self.file.writev(requests, flags)
-
-    def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
-        self.file.write_compressed(requests)
 
     def write_zeroes(self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE) -> None:
         end = offset + length
@@ -125,12 +104,6 @@ class PreallocateNode(Node):
             tail.zero_start = tail.file_end = max(end, self.file.size)
         else:
             tail.file_end = new_end
-
-    def _discard(self, offset: int, length: int) -> None:
-        self.file.discard(offset, length)
-
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        return self.file.extents(offset, length)
 
     def truncate(
         self,
