@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+class _ThisThread(threading.local):
+    works_alone = False
+
+
+_this_thread = _ThisThread()
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_owner = 0
@@ -40,6 +45,12 @@ def _executor() -> ThreadPoolExecutor:
         return _pool
 
 
+def work_alone() -> None:
+    """This thread is one of several that share some work: ``run_all`` gets it no help from now on,
+    for there would be more threads than cores."""
+    _this_thread.works_alone = True
+
+
 def run_all(
     work: Callable[[Item], object], items: Sequence[Item], *, threads: int = 0
 ) -> None:
@@ -48,7 +59,7 @@ def run_all(
     ``threads``: how many at most; 0: as many as there are cores.
     """
     count = min(threads or _cores(), len(items))
-    if count <= 1:
+    if count <= 1 or _this_thread.works_alone:
         for item in items:
             work(item)
         return

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from lamina.engine.workers import work_alone
+
 T = TypeVar("T")
 
 _PATIENCE = 4
@@ -50,6 +52,7 @@ def overlapped(
     stopping = False
 
     def work() -> None:
+        work_alone()
         while (task := queue.get()) is not None:
             try:
                 if not stopping:
