@@ -138,6 +138,9 @@ def run_and_leave(work: Callable[[list[str], Tool], int]) -> NoReturn:
     nor does it look for garbage while it starts, when there is none.
     """
     gc.set_threshold(_GARBAGE_THRESHOLD)
+    # numpy is there for tables, not for matrices: its pool of threads would take longer to start
+    # than many a command takes.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     code = Tool(sys.argv[0]).run(work, sys.argv[1:])
     os._exit(code)
 
