@@ -122,6 +122,13 @@ def _change_entries(
     cause: Cause,
     freed: list[Freed],
 ) -> None:
+    first = entries[0]
+    if not first & (COMPRESSED | OFFSET_MASK) and entries.count(first) == len(entries):
+        # Nothing but nothing, of which a large disk has much.
+        if become(first) != first:
+            mapping.tables.prepare(cluster)
+            mapping.tables.store(cluster, array("Q", [become(first)]) * len(entries))
+        return
     new = array("Q", map(become, entries))
     if new == entries:
         return
