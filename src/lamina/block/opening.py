@@ -57,8 +57,8 @@ def open_node(
 
     ``defaults`` are the generic options for nodes that do not say otherwise; ``options`` are merged
     with (and win over) those of ``reference``. With ``protocol`` nothing is probed and no format is
-    put on top. ``inspect``, ``locked``, ``check``: see ``OpenContext``. Without ``backing`` the image
-    is opened without its backing file.
+    put on top. ``inspect``, ``locked`` and ``check`` are those of ``OpenContext``. Without
+    ``backing`` the image is opened without its backing file.
     """
     opener = Opener(
         session, inspect=inspect, locked=locked, check=check, backing=backing
