@@ -136,8 +136,8 @@ class Disk(Node):
             if places is None or -1 in places:
                 self.reader.read(requests)
                 return
+            self.children["file"].node.event("read_aio")
             node = mapping.data_node
-            node.event("read_aio")
             if len(places) == 1:
                 node.readv([(places[0], requests[0][1])])
             else:
@@ -240,7 +240,8 @@ class Disk(Node):
     def exclusive(self) -> Iterator[None]:
         """No other change is under way or begins: for work on the tables as a whole.
 
-        Holds the lock, so reads wait as well.
+        Holds the lock, so reads wait as well. Changes of this disk by way of its node would wait for
+        themselves; call this without holding the lock.
         """
         with self.lock:
             hold = self.ranges.acquire([(0, EVERYTHING)], writing=False)

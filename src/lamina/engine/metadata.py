@@ -231,10 +231,14 @@ class Metadata:
         if all(since > oldest for since, _ in self._callbacks):
             return
         self.barrier()
-        due = [(since, callback) for since, callback in self._callbacks if since <= oldest]
+        due = [entry for entry in self._callbacks if entry[0] <= oldest]
         self._callbacks = [entry for entry in self._callbacks if entry[0] > oldest]
-        for _, callback in due:
-            callback()
+        try:
+            while due:
+                due.pop(0)[1]()
+        finally:
+            # None is forgotten, even if one should fail.
+            self._callbacks = due + self._callbacks
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -256,3 +256,19 @@ def test_no_flush_is_honoured() -> None:
     metadata.put(Stage.ROOTS, 10, b"x")
     metadata.commit()
     assert journal(file) == [0, 10]
+
+
+def test_a_callback_that_fails_does_not_stop_the_others_for_good() -> None:
+    _, metadata = make()
+    called: list[int] = []
+
+    def fail() -> None:
+        raise StorageError.from_errno(5)
+
+    metadata.when_durable(lambda: called.append(1))
+    metadata.when_durable(fail)
+    metadata.when_durable(lambda: called.append(2))
+    with pytest.raises(StorageError):
+        metadata.commit()
+    metadata.commit()
+    assert called == [1, 2]
