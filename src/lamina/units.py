@@ -13,6 +13,9 @@ SECTOR = 512
 """Bytes. Only layouts and QEMU's texts count in sectors."""
 
 _SUFFIXES = "BKMGTPE"
+_HEXADECIMAL = "0123456789abcdefABCDEF"
+_LONGEST = 1000
+"""Characters. Python refuses to make numbers of very long texts."""
 
 
 def parse_size(text: str, *, default_suffix: str = "b") -> int:
@@ -27,25 +30,23 @@ def parse_size(text: str, *, default_suffix: str = "b") -> int:
 
 
 def _parse_size(text: str, default_suffix: str) -> int | None:
-    body = text.strip().removeprefix("+")
+    body = text.lstrip().removeprefix("+")
+    if len(body) > _LONGEST:
+        return None
     if body[:2].lower() == "0x":
-        try:
-            return int(body[2:], 16)
-        except ValueError:
-            return None
+        digits = body[2:]
+        return int(digits, 16) if digits and not digits.strip(_HEXADECIMAL) else None
     suffix = default_suffix.upper()
     if body and body[-1].upper() in _SUFFIXES:
         suffix, body = body[-1].upper(), body[:-1]
     unit = 1 << (10 * _SUFFIXES.index(suffix))
-    whole, dot, fraction = body.partition(".")
+    whole, _, fraction = body.partition(".")
     if not (whole + fraction).isascii() or not (whole + fraction).isdigit():
         return None
-    if dot and unit == 1:
+    part = int(fraction or "0") / 10 ** len(fraction)
+    if part and unit == 1:
         return None
-    value = int(whole or "0") * unit
-    if fraction:
-        value += round(int(fraction) * unit / 10 ** len(fraction))
-    return value
+    return int(whole or "0") * unit + int(part * unit + 0.5)
 
 
 def round_up(value: int, unit: int) -> int:
