@@ -240,8 +240,8 @@ class Disk(Node):
     def exclusive(self) -> Iterator[None]:
         """No other change is under way or begins: for work on the tables as a whole.
 
-        Holds the lock, so reads wait as well. Changes of this disk by way of its node would wait for
-        themselves; call this without holding the lock.
+        Holds the lock, so reads wait as well. Changes of this disk by way of its node would wait
+        for themselves; call this without holding the lock.
         """
         with self.lock:
             hold = self.ranges.acquire([(0, EVERYTHING)], writing=False)

@@ -233,12 +233,14 @@ class Metadata:
         self.barrier()
         due = [entry for entry in self._callbacks if entry[0] <= oldest]
         self._callbacks = [entry for entry in self._callbacks if entry[0] > oldest]
+        called = 0
         try:
-            while due:
-                due.pop(0)[1]()
+            for _, callback in due:
+                called += 1
+                callback()
         finally:
             # None is forgotten, even if one should fail.
-            self._callbacks = due + self._callbacks
+            self._callbacks = due[called:] + self._callbacks
 
     # -- the end ---------------------------------------------------------------------------------
 
