@@ -113,3 +113,35 @@ def test_what_is_missing_is_said(tmp_path, session):
     with Backend.open(image, session=session, format="luks", inspect=True) as disk:
         assert disk.info().encrypted
         assert disk.info().specific["slots"][0]["active"]
+
+
+def test_key_slots_are_amended(tmp_path, session):
+    """What our amend adds opens in QEMU, what it erases does not."""
+    from lamina.block.registry import driver
+    from lamina.formats.luks.options import LuksAmendOptions
+
+    image = tmp_path / "ours.luks"
+    options = {"key-secret": "key", "iter-time": "10"}
+    create_image(str(image), "luks", session=session, options=options, size=SIZE)
+    session.secrets.add("new", b"another one")
+
+    def amend(key: str, **fields: object) -> None:
+        with Backend.open(
+            str(image), session=session, format="luks", writable=True, options={"key-secret": key}
+        ) as disk:
+            change = LuksAmendOptions(**fields)
+            driver("luks").amend(disk.node, change, lambda done: None, force=False)
+
+    def opens_in_qemu(passphrase: str) -> bool:
+        command = ["qemu-io", "--object", f"secret,id=s,data={passphrase}", "--image-opts"]
+        command += [f"driver=luks,file.filename={image},key-secret=s", "-c", "read 0 512"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    amend("key", state="active", new_secret="new", iter_time=10)
+    assert opens_in_qemu("another one")
+    assert opens_in_qemu("open sesame")
+    amend("new", state="inactive", old_secret="key")
+    assert opens_in_qemu("another one")
+    assert not opens_in_qemu("open sesame")
+    with pytest.raises(LaminaError, match="Attempt to erase the only active keyslot 1"):
+        amend("new", state="inactive", keyslot=1)

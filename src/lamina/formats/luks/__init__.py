@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver, Measurement
-from lamina.formats.luks.options import LuksCreateOptions, LuksOptions
+from lamina.formats.luks.options import LuksAmendOptions, LuksCreateOptions, LuksOptions
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
@@ -16,6 +17,7 @@ class LuksDriver(Driver):
     name = "luks"
     Options = LuksOptions
     CreateOptions = LuksCreateOptions
+    AmendOptions = LuksAmendOptions
     is_format = True
     strong_options = ("key-secret",)
 
@@ -44,6 +46,18 @@ class LuksDriver(Driver):
         size = options.size if source is None else source.size
         total = header_for(options).payload_offset + size
         return Measurement(total, total)
+
+    def amend(
+        self, node: Node, options: Any, progress: Callable[[float], None], *, force: bool
+    ) -> None:
+        from lamina.engine.disk import Disk
+        from lamina.formats.luks.mapping import LuksMapping
+
+        assert isinstance(node, Disk)
+        assert isinstance(node.mapping, LuksMapping)
+        with node.exclusive():
+            node.mapping.amend(options, node.context.secrets, force=force)
+        progress(1.0)
 
 
 DRIVER = LuksDriver()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Preallocation
+from lamina.ciphers.luks.amend import Change, amend
 from lamina.ciphers.luks.describe import describe
 from lamina.ciphers.luks.header import SIZE, Header, parse
 from lamina.ciphers.luks.volume import CipherSpec, unlock
@@ -19,9 +20,10 @@ from lamina.units import SECTOR
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext
     from lamina.block.node import Node
+    from lamina.block.secrets import Secrets
     from lamina.ciphers.modes import SectorCipher
     from lamina.engine.disk import Disk
-    from lamina.formats.luks.options import LuksOptions
+    from lamina.formats.luks.options import LuksAmendOptions, LuksOptions
 
 
 class LuksMapping(Mapping):
@@ -44,6 +46,7 @@ class LuksMapping(Mapping):
         self.header: Header = parse(_read(self.header_node, 0, SIZE), detached=detached)
         CipherSpec.of(self.header)
         self.cipher: SectorCipher | None = None
+        self.key = b""
         if not context.locked:
             self.cipher = self._unlock(options, context)
 
@@ -51,12 +54,8 @@ class LuksMapping(Mapping):
         if options.key_secret is None:
             raise UsageError("Parameter 'key-secret' is required for cipher", field="key-secret")
         passphrase = context.secrets.lookup(options.key_secret)
-        key, _ = unlock(
-            self.header,
-            passphrase,
-            lambda offset, length: _read(self.header_node, offset, length),
-        )
-        return CipherSpec.of(self.header).sectors(key)
+        self.key, _ = unlock(self.header, passphrase, HeaderStorage(self.header_node).read)
+        return CipherSpec.of(self.header).sectors(self.key)
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -101,6 +100,11 @@ class LuksMapping(Mapping):
             raise UsageError("The requested file size is too large")
         self.file.truncate(total, preallocation, exact=exact, zeroed=zeroed)
 
+    def amend(self, options: LuksAmendOptions, secrets: Secrets, *, force: bool) -> None:
+        """Add a passphrase, or erase some. Raises UsageError or Refused."""
+        change = key_change(options, secrets)
+        amend(self.header, HeaderStorage(self.header_node), self.key, change, force=force)
+
     def info(self) -> NodeInfo:
         return NodeInfo(
             self.disk.filename,
@@ -110,6 +114,43 @@ class LuksMapping(Mapping):
             encrypted=True,
             specific=describe(self.header, detached=self.detached),
         )
+
+
+class HeaderStorage:
+    """The header and its key slots (``ciphers.luks``)."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def read(self, offset: int, length: int) -> bytes:
+        return _read(self._node, offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._node.write(offset, data)
+
+    def flush(self) -> None:
+        self._node.flush()
+
+
+def key_change(options: LuksAmendOptions, secrets: Secrets) -> Change:
+    """What the options ask for, with passphrases instead of the names of secrets."""
+    if options.state is None:
+        raise UsageError("Parameter 'state' is missing", field="state")
+    if options.state not in ("active", "inactive"):
+        raise UsageError(
+            f"Parameter 'state' does not accept value '{options.state}'", field="state"
+        )
+
+    def passphrase(name: str | None) -> bytes | None:
+        return None if name is None else secrets.lookup(name)
+
+    return Change(
+        options.state,
+        passphrase(options.new_secret),
+        passphrase(options.old_secret),
+        options.keyslot,
+        options.iter_time,
+    )
 
 
 def _read(node: Node, offset: int, length: int) -> bytes:

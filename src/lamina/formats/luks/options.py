@@ -40,3 +40,22 @@ class LuksCreateOptions:
         "key-secret", help="ID of the secret that provides the keyslot passphrase"
     )
     size: int = option("size", Type.SIZE, None, help="Virtual disk size")
+
+
+@dataclass(frozen=True)
+class LuksAmendOptions:
+    state: str | None = option(
+        "state", help="Select new state of affected keyslots (active/inactive)"
+    )
+    new_secret: str | None = option(
+        "new-secret", help="New secret to set in the matching keyslots. Empty string to erase"
+    )
+    old_secret: str | None = option(
+        "old-secret", help="Select all keyslots that match this password"
+    )
+    keyslot: int | None = option(
+        "keyslot", Type.NUMBER, None, help="Select a single keyslot to modify explicitly"
+    )
+    iter_time: int | None = option(
+        "iter-time", Type.NUMBER, None, help="Time to spend in PBKDF in milliseconds"
+    )
