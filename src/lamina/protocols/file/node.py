@@ -109,14 +109,20 @@ class FileNode(Node):
         else:
             end = max((offset + len(data) for offset, data in requests), default=0)
         if end > self._length:
-            self._ahead.prepare(self._fd, self._length, end)
-            self._grow(lambda: self._write(requests))
+            self._grow(lambda: self._append(requests, end), ahead=True)
         else:
             self._write(requests)
         self._holes.generation += 1
         self._unflushed = True
         if flags is not _NO_FLAGS and flags & WriteFlags.FUA:
             self.flush()
+
+    def _append(self, requests: Sequence[WriteRequest], end: int) -> None:
+        length = self._length
+        if end > length:
+            start = min(offset for offset, data in requests if offset + len(data) > length)
+            self._ahead.prepare(self._fd, length, start, end)
+        self._write(requests)
 
     def _write(self, requests: Sequence[WriteRequest]) -> None:
         try:
@@ -134,13 +140,15 @@ class FileNode(Node):
             self._changed()
             raise StorageError.from_os_error(error, path=self.path) from None
 
-    def _grow(self, action: Callable[[], T]) -> T:
-        """Do what may make the file longer.
+    def _grow(self, action: Callable[[], T], *, ahead: bool = False) -> T:
+        """Do what may make the file longer; ``ahead``: it looks after space taken ahead itself.
 
         One at a time: a length that is set while somebody else writes behind it would cut off what
         they wrote. (The host writes behind the end of a file one at a time as well.)
         """
         with self._growth:
+            if not ahead:
+                self._ahead.give_back(self._fd)
             try:
                 return action()
             finally:
@@ -285,6 +293,7 @@ class FileNode(Node):
         if read_only == self.read_only:
             return
         if read_only:
+            self._ahead.give_back(self._fd)
             self.flush()
         self._exchange(read_only=read_only)
         self.refresh_permissions()
