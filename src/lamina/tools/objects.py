@@ -139,7 +139,9 @@ def _decrypt(value: bytes, encoding: str, key: bytes, iv_text: str | None) -> by
         raise UsageError(f"IV should be {_IV_LENGTH} bytes in length not {len(iv)}")
     if encoding == "base64":
         value = _from_base64(value)
-    if len(value) % _IV_LENGTH or not value:
+    if not value:
+        return b""
+    if len(value) % _IV_LENGTH:
         raise UsageError(f"Length {len(value)} must be a multiple of block size {_IV_LENGTH}")
 
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -148,5 +150,7 @@ def _decrypt(value: bytes, encoding: str, key: bytes, iv_text: str | None) -> by
     padded = decryptor.update(value) + decryptor.finalize()
     padding = padded[-1]
     if not 1 <= padding <= _IV_LENGTH:
-        raise UsageError("Incorrect number of padding bytes found on decrypted data")
+        raise UsageError(
+            f"Incorrect number of padding bytes ({padding}) found on decrypted data"
+        )
     return padded[:-padding]
