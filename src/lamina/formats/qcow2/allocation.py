@@ -219,6 +219,9 @@ class Allocator:
         """Make the refcount blocks of a free run, outside of the run."""
         per_block = self.refcounts.per_block
         behind = first + count
+        if count == 1:
+            # Whoever found a single cluster read its block.
+            return
         for index in range(first // per_block, (behind - 1) // per_block + 1):
             if not self.refcounts.block_offset(index):
                 self._grow_table(index, behind)

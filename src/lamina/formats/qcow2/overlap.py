@@ -6,7 +6,6 @@ option; the clusters that they occupy are collected on the first write and kept 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,9 @@ if TYPE_CHECKING:
     from lamina.formats.qcow2.layout import Header, Snapshot
 
 
-class Structure(enum.IntFlag):
-    NONE = 0
+class Structure:
+    """Kinds of metadata, as bits of plain numbers: they are looked at before every write."""
+
     MAIN_HEADER = 1
     ACTIVE_L1 = 2
     ACTIVE_L2 = 4
@@ -56,14 +56,14 @@ _CONSTANT = (
 )
 _CACHED = _CONSTANT | Structure.ACTIVE_L2 | Structure.REFCOUNT_BLOCK | Structure.INACTIVE_L1
 _MODES = {
-    "none": Structure.NONE,
+    "none": 0,
     "constant": _CONSTANT,
     "cached": _CACHED,
     "all": _CACHED | Structure.INACTIVE_L2,
 }
 
 
-def watched(options: Options) -> Structure:
+def watched(options: Options) -> int:
     """What the options ask to check. Raises UsageError."""
     mode, template = options.overlap_check, options.overlap_check_template
     if mode is not None and template is not None and mode != template:
@@ -81,7 +81,7 @@ def watched(options: Options) -> Structure:
     for item in OVERLAP_ITEMS:
         wanted = getattr(options, "overlap_" + item.replace("-", "_"))
         if wanted is not None:
-            one = Structure[item.replace("-", "_").upper()]
+            one: int = getattr(Structure, item.replace("-", "_").upper())
             structures = structures | one if wanted else structures & ~one
     return structures
 
@@ -115,7 +115,7 @@ class Overlap:
             if cluster in clusters:
                 raise self._found(clusters[cluster], host_offset)
 
-    def check_table(self, host_offset: int, own: Structure) -> None:
+    def check_table(self, host_offset: int, own: int) -> None:
         """Raises ImageCorrupt if the table of this kind shares its cluster with another one."""
         others = self.occupied.get(host_offset >> self.header.cluster_bits, 0) & ~own
         if others:
@@ -156,9 +156,9 @@ class Overlap:
             for cluster in range(host_offset >> bits, (host_offset + length) >> bits):
                 self._clusters.pop(cluster, None)
 
-    def _add(self, structure: Structure, host_offset: int, length: int) -> None:
+    def _add(self, structure: int, host_offset: int, length: int) -> None:
         if self._clusters is not None and structure & self.watched:
-            _mark(self._clusters, int(structure), host_offset, length, self.header.cluster_bits)
+            _mark(self._clusters, structure, host_offset, length, self.header.cluster_bits)
 
     # -- collecting ------------------------------------------------------------------------------
 
@@ -173,11 +173,11 @@ class Overlap:
         header = self.header
         clusters: dict[int, int] = {}
 
-        def mark(structure: Structure, places: Iterable[tuple[int, int]]) -> None:
+        def mark(structure: int, places: Iterable[tuple[int, int]]) -> None:
             if structure & self.watched:
                 for offset, length in places:
                     if length:
-                        _mark(clusters, int(structure), offset, length, header.cluster_bits)
+                        _mark(clusters, structure, offset, length, header.cluster_bits)
 
         def tables(entries: Iterable[int], mask: int) -> Iterable[tuple[int, int]]:
             return ((entry & mask, 1) for entry in entries if entry & mask)

@@ -42,7 +42,7 @@ class Refcounts:
         self.overlap = overlap
         self.corruption = corruption
         self.width = Width(header.refcount_order)
-        self.cluster_bits = header.cluster_bits
+        self._low = header.cluster_size - 1
         self.per_block = self.width.entries(header.cluster_size)
         """Clusters that one block counts."""
         self.cache = TableCache(
@@ -86,7 +86,7 @@ class Refcounts:
         if index >= len(table):
             return 0
         offset = table[index] & REFTABLE_OFFSET_MASK
-        if offset & (self.header.cluster_size - 1):
+        if offset & self._low:
             raise self.corruption.found(
                 f"Refblock offset {c_hex(offset)} unaligned (reftable index: {c_hex(index)})",
                 structure="refcount table",
@@ -97,8 +97,9 @@ class Refcounts:
     def block(self, index: int) -> bytearray | None:
         """The block that counts the clusters from ``index * per_block`` on."""
         offset = self.block_offset(index)
-        if not offset:
-            return None
+        return self._load(offset) if offset else None
+
+    def _load(self, offset: int) -> bytearray:
         block = self.cache.get(offset)
         self.file.event("refblock_load")
         return block
@@ -125,10 +126,11 @@ class Refcounts:
         Raises StorageError (EINVAL) where the width of the entries does not suffice.
         """
         changes = self._runs(first, count)
-        if not all(self.block_offset(index) for index, _, _, _ in changes):
-            raise StorageError("Clusters without a refcount block", errno=errno.EINVAL)
-        if any(value >= self.width.maximum for _, _, _, value in changes):
-            raise StorageError("Refcount overflow", errno=errno.EINVAL)
+        for _, offset, _, _, value in changes:
+            if not offset:
+                raise StorageError("Clusters without a refcount block", errno=errno.EINVAL)
+            if value >= self.width.maximum:
+                raise StorageError("Refcount overflow", errno=errno.EINVAL)
         self._apply(changes, 1, Stage.COUNTS)
 
     def drop(self, first: int, count: int, stage: Stage = Stage.FREES) -> list[tuple[int, int]]:
@@ -137,34 +139,35 @@ class Refcounts:
         Raises StorageError (EINVAL) where there was no reference.
         """
         changes = self._runs(first, count)
-        if any(value == 0 for _, _, _, value in changes):
-            raise StorageError("Invalid argument", errno=errno.EINVAL)
+        for _, _, _, _, value in changes:
+            if not value:
+                raise StorageError("Invalid argument", errno=errno.EINVAL)
         self._apply(changes, -1, stage)
-        return [
-            (block * self.per_block + place, run)
-            for block, place, run, value in changes
-            if value == 1
-        ]
+        return [(start, run) for start, _, _, run, value in changes if value == 1]
 
-    def _runs(self, first: int, count: int) -> list[tuple[int, int, int, int]]:
-        """(block, first entry, entries, value) of the runs of equal counts."""
+    def _runs(self, first: int, count: int) -> list[tuple[int, int, int, int, int]]:
+        """(first cluster, host offset of the block, first entry, entries, value) of the runs of
+        equal counts."""
         runs = []
+        per_block = self.per_block
         while count:
-            index, place = divmod(first, self.per_block)
-            part = min(count, self.per_block - place)
-            block = self.block(index)
-            if block is None:
-                runs.append((index, place, part, 0))
+            index, place = divmod(first, per_block)
+            part = min(count, per_block - place)
+            offset = self.block_offset(index)
+            if offset:
+                found = self.width.runs(self._load(offset), place, part)
+                base = first - place
+                runs += [(base + start, offset, start, run, value) for start, run, value in found]
             else:
-                found = self.width.runs(block, place, part)
-                runs += [(index, start, length, value) for start, length, value in found]
+                runs.append((first, 0, place, part, 0))
             first += part
             count -= part
         return runs
 
-    def _apply(self, runs: list[tuple[int, int, int, int]], delta: int, stage: Stage) -> None:
-        for index, place, count, value in runs:
-            offset = self.block_offset(index)
+    def _apply(
+        self, runs: list[tuple[int, int, int, int, int]], delta: int, stage: Stage
+    ) -> None:
+        for _, offset, place, count, value in runs:
             self.overlap.check_table(offset, Structure.REFCOUNT_BLOCK)
             self.width.fill(self.cache.get(offset), place, count, value + delta)
             self.cache.dirty(offset, *self.width.changed(place, count), stage)
