@@ -16,6 +16,7 @@ import errno
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 from lamina.block.permissions import NAMES, Perm
 from lamina.errors import Busy, StorageError, UsageError
@@ -32,7 +33,7 @@ if sys.platform == "linux":
     _FLOCK = struct.Struct("@hhqqi0q")
     _TYPE_FIELD = 0
 else:
-    _FLOCK = struct.Struct("@qqihhi")
+    _FLOCK = struct.Struct("@qqihhi0q")
     _TYPE_FIELD = 3
 
 
@@ -104,16 +105,19 @@ class FileLocks:
         return True
 
     def _release(self, positions: Iterable[int]) -> None:
+        """Never fails: what cannot be unlocked is unlocked when the file is closed."""
         import fcntl
 
         for start, length in _runs(positions):
-            self._set(self._fd, fcntl.F_UNLCK, start, length)
+            with suppress(OSError):
+                self._set(self._fd, fcntl.F_UNLCK, start, length)
 
     def _check_others(self, perm: Perm, unshared: Perm) -> None:
         """Raises Busy where somebody else forbids what is held, or holds what is not shared."""
         for bit, name in NAMES.items():
             if perm & bit and self._is_locked_by_others(UNSHARED_BASE, bit):
                 raise self._busy(f'Failed to get "{name}" lock')
+        for bit, name in NAMES.items():
             if unshared & bit and self._is_locked_by_others(HELD_BASE, bit):
                 raise self._busy(f'Failed to get shared "{name}" lock')
 

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
@@ -16,11 +16,13 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, StorageError
-from lamina.protocols.file.ahead import GrowthAhead
 from lamina.protocols.file.holes import HoleMap
 from lamina.protocols.file.locks import FileLocks
 from lamina.protocols.file.transfer import continue_read, continue_write, preadv, pwritev, runs
 from lamina.units import SECTOR
+
+if TYPE_CHECKING:
+    from lamina.protocols.file.ahead import GrowthAhead
 
 T = TypeVar("T")
 
@@ -51,7 +53,8 @@ class FileNode(Node):
         self._locks = FileLocks(fd, path) if locking else None
         self._length = self._find_length()
         self._growth = threading.Lock()
-        self._ahead = GrowthAhead()
+        self._ahead: GrowthAhead | None = None
+        """Of a file that grows."""
         self._flushing = threading.Lock()
         self._unflushed = False
         self._flush_error = 0
@@ -121,6 +124,10 @@ class FileNode(Node):
         length = self._length
         if end > length:
             start = min(offset for offset, data in requests if offset + len(data) > length)
+            if self._ahead is None:
+                from lamina.protocols.file.ahead import GrowthAhead
+
+                self._ahead = GrowthAhead()
             self._ahead.prepare(self._fd, length, start, end)
         self._write(requests)
 
@@ -147,7 +154,7 @@ class FileNode(Node):
         they wrote. (The host writes behind the end of a file one at a time as well.)
         """
         with self._growth:
-            if not ahead:
+            if self._ahead is not None and not ahead:
                 self._ahead.give_back(self._fd)
             try:
                 return action()
@@ -293,8 +300,7 @@ class FileNode(Node):
         if read_only == self.read_only:
             return
         if read_only:
-            self._ahead.give_back(self._fd)
-            self.flush()
+            self._finish()
         self._exchange(read_only=read_only)
         self.refresh_permissions()
 
@@ -316,11 +322,16 @@ class FileNode(Node):
             os.close(replacement)
         self.read_only = read_only
 
+    def _finish(self) -> None:
+        """No more writes will come."""
+        if self._ahead is not None:
+            self._ahead.give_back(self._fd)
+        self.flush()
+
     def _close(self) -> None:
         try:
             if not self.read_only:
-                self._ahead.give_back(self._fd)
-                self.flush()
+                self._finish()
         finally:
             # No later call may find the file that gets this number next.
             fd, self._fd = self._fd, -1
