@@ -387,8 +387,10 @@ class Node(ABC):
         if perm & (Perm.WRITE | Perm.RESIZE) and self.read_only:
             raise Refused("Block node is read-only", errno=errno.EACCES)
         for role, attachment in self.children.items():
-            attachment.perm, attachment.shared = self.child_permissions(role, perm, shared)
-            attachment.node.refresh_permissions()
+            wanted = self.child_permissions(role, perm, shared)
+            if wanted != (attachment.perm, attachment.shared):
+                attachment.perm, attachment.shared = wanted
+                attachment.node.refresh_permissions()
         self.apply_permissions(perm, shared)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:

@@ -14,6 +14,7 @@ given for it from the node above.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from lamina.block import filenames, registry
 from lamina.block.keyvalue import flatten, subset
 from lamina.block.node import Node, NodeOptions
 from lamina.block.options import Spec, Type, convert, parse
-from lamina.block.policy import check_named
+from lamina.block.policy import Policy, check_format, check_named
 from lamina.errors import LaminaError, UsageError
 from lamina.records import replace
 
@@ -308,8 +309,11 @@ class Context:
         chain = (*self._chain, _identity(relative_to.filename, own_path))
         if role == "backing" and _identity(full, path) in chain:
             raise UsageError(f"Backing file '{full}' creates an infinite loop.")
+        _make_room(len(chain), filename)
         if driver is not None:
             explicit.setdefault("driver", driver)
+            if self._opener.session.policy is not Policy.ALLOW:
+                check_format(driver, filename, role)
         return self._opener.open(full, explicit, defaults, protocol=protocol, chain=chain)
 
     @staticmethod
@@ -424,6 +428,25 @@ def _probe(file: Node) -> str:
 def _close_unused(node: Node) -> None:
     if not node.users:
         node.close()
+
+
+MAX_CHAIN = 1000
+"""Images, one upon the other. QEMU ends where it runs out of file descriptors, a bit above."""
+_USUAL_CHAIN = 16
+_FRAMES_PER_IMAGE = 32
+
+
+def _make_room(depth: int, name: str) -> None:
+    """Let Python call as deep as a long backing chain is: opening, reading, closing follow it.
+
+    Raises UsageError if the chain is longer than anything sensible.
+    """
+    if depth > MAX_CHAIN:
+        raise UsageError(f"The backing chain is too long: '{name}' is number {depth}")
+    if depth > _USUAL_CHAIN:
+        needed = 1000 + depth * _FRAMES_PER_IMAGE
+        if sys.getrecursionlimit() < needed:
+            sys.setrecursionlimit(needed)
 
 
 def _identity(filename: str, path: str | None) -> str:

@@ -44,3 +44,11 @@ def check_named(
         raise Refused(f"The {role} file '{name}' is not in the directory of the image")
     if os.path.exists(target) and not os.path.isfile(target):
         raise Refused(f"The {role} file '{name}' is not a plain local file")
+
+
+def check_format(driver: str, name: str, role: str) -> None:
+    """Raises Refused for a stored driver that is no format: it might read the name its own way."""
+    from lamina.block import registry
+
+    if not registry.driver(driver).is_format:
+        raise Refused(f"The driver '{driver}' of the {role} file '{name}' is no image format")

@@ -268,6 +268,23 @@ def test_loops_end(names: tuple[str, ...]) -> None:
         opened("a", format="toy")
 
 
+def test_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    depth = 300
+    toy("0")
+    for number in range(1, depth + 1):
+        toy(str(number), str(number - 1), "toy")
+    with opened(str(depth), format="toy", writable=True) as backend:
+        node, count = backend.node, 0
+        while node.backing is not None:
+            node, count = node.backing, count + 1
+        assert (node.filename, count) == ("0", depth)
+        backend.flush()
+    assert node.closed
+    monkeypatch.setattr("lamina.block.opening.MAX_CHAIN", 200)
+    with pytest.raises(UsageError, match="The backing chain is too long: '99' is number 201"):
+        opened(str(depth), format="toy")
+
+
 # -- the opening policy ----------------------------------------------------------------------------
 
 
@@ -307,6 +324,14 @@ def test_names_stored_in_images_pass_the_gate(home: Path, stored: str, beside: b
     assert try_it(Policy.ALLOW)
     assert try_it(Policy.BESIDE) is beside
     assert not try_it(Policy.DENY)
+
+
+def test_a_stored_driver_must_be_a_format_when_the_gate_is_not_open(home: Path) -> None:
+    toy("top", "near", "blkdebug")
+    toy("near")
+    opened("top", format="toy").close()
+    with pytest.raises(Refused, match="The driver 'blkdebug' of the backing file 'near' is no"):
+        opened("top", format="toy", session=Session(None, Policy.BESIDE, print))
 
 
 def test_the_gate_is_for_names_in_images_not_for_those_of_the_user() -> None:
