@@ -109,14 +109,14 @@ MIN_REFCOUNT_CACHE_BLOCKS = 4
 class CreateOptions:
     """How a new image is laid out."""
 
-    encrypt_format: str | None = option(
-        "encrypt.format", help="Encrypt the image, format choices: 'aes', 'luks'"
-    )
     encryption: bool | None = option(
         "encryption",
         Type.BOOL,
         None,
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    )
+    encrypt_format: str | None = option(
+        "encrypt.format", help="Encrypt the image, format choices: 'aes', 'luks'"
     )
     encrypt_key_secret: str | None = option(
         "encrypt.key-secret", help="ID of secret providing qcow AES key or LUKS passphrase"

@@ -31,6 +31,7 @@ def reconfigure(mapping: Qcow2Mapping, changes: Mapping[str, Any], *, unmap: boo
         mapping.metadata.commit(counts=True)
     mapping.options, mapping.settings, mapping.unmap = options, settings, unmap
     mapping.overlap.watched = settings.overlap
+    mapping.overlap.forget()
     mapping.tables.cache.capacity = settings.l2_cache
     if not mapping.read_only:
         mapping.refcounts.cache.capacity = settings.refcount_cache
