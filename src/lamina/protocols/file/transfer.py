@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,25 +21,25 @@ else:
 MAX_BUFFERS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
 """Buffers that one call takes."""
 
-_offset_of = itemgetter(0)
-
-
 def runs(
     requests: Sequence[ReadRequest] | Sequence[WriteRequest],
-) -> Iterator[tuple[int, list[Any], int]]:
-    """(offset, buffers, bytes) of adjoining requests, at most MAX_BUFFERS of them together."""
+) -> list[tuple[int, list[Any], int]]:
+    """(offset, buffers, bytes) of requests that adjoin in the order in which they come, at most
+    MAX_BUFFERS of them together."""
+    found: list[tuple[int, list[Any], int]] = []
     buffers: list[Any] = []
     start = end = -1
-    for offset, buffer in sorted(requests, key=_offset_of):
+    for offset, buffer in requests:
         if offset == end and len(buffers) < MAX_BUFFERS:
             buffers.append(buffer)
             end += len(buffer)
-            continue
-        if buffers:
-            yield start, buffers, end - start
-        start, end, buffers = offset, offset + len(buffer), [buffer]
+        else:
+            if buffers:
+                found.append((start, buffers, end - start))
+            start, end, buffers = offset, offset + len(buffer), [buffer]
     if buffers:
-        yield start, buffers, end - start
+        found.append((start, buffers, end - start))
+    return found
 
 
 def rest(buffers: Sequence[Any], done: int) -> list[memoryview]:
