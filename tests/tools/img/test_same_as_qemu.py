@@ -18,7 +18,7 @@ from .conftest import LaminaImg, qemu_img
 FILES = sorted(Path(__file__).with_name("same_as_qemu").glob("*.txt"))
 CASES = [line for file in FILES for line in file.read_text().splitlines() if line]
 
-READERS = ("info", "map", "measure")
+READERS = ("bench", "compare", "info", "map", "measure")
 """Subcommands that change nothing, so that they need no copies."""
 
 
