@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lamina.block.creation import create_image
 from lamina.block.node import Node, NodeOptions
 from lamina.block.opening import open_node
 from lamina.block.session import Session
@@ -109,6 +110,31 @@ class TestBlkdebugWithLimits(OnFile):
 
 class TestBlkdebugOfDirectFile(TestBlkdebugWithLimits):
     direct = True
+
+
+class TestCopyOnRead(OnFile):
+    options = {"driver": "copy-on-read", "file.driver": "file", "file.filename": "FILE"}
+
+
+class TestCopyOnReadOfOverlay(OnFile):
+    """Whatever is read first is copied up from the backing file, which reads as zeroes."""
+
+    options = {
+        "driver": "copy-on-read",
+        "file.driver": "qcow2",
+        "file.file.driver": "file",
+        "file.file.filename": "FILE",
+    }
+    grows_by_writing = False
+    discards_to_zero = False
+
+    def make(self, size: int) -> Node:
+        base, overlay = str(self.path / "base"), str(self.path / "disk")
+        create_image(base, "qcow2", session=Session(), size=size)
+        create_image(
+            overlay, "qcow2", session=Session(), backing_file=base, backing_format="qcow2"
+        )
+        return self.open()
 
 
 class TestPreallocate(OnFile):

@@ -42,16 +42,10 @@ class CopyOnReadNode(FilterNode):
 
     def __init__(self, options: NodeOptions, file: Node, bottom: str | None = None) -> None:
         """Raises UsageError if no layer of the chain below is called ``bottom``."""
+        sources = None if bottom is None else _layers_to(bottom, file)
         super().__init__(options, file)
         self._in_use = RangeLocks()
-        layers = _layers(file)
-        if bottom is None:
-            self._sources: list[Node] | None = None
-        else:
-            names = [layer.name for layer in layers]
-            if bottom not in names:
-                raise UsageError(f"Bottom node '{bottom}' not found")
-            self._sources = layers[1 : names.index(bottom) + 1]
+        self._sources = sources
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """Reading writes, but changes nothing that anybody sees."""
@@ -136,6 +130,15 @@ def _layers(node: Node) -> list[Node]:
         layer = layer.backing
         layer = layer.unfiltered if layer is not None else None
     return layers
+
+
+def _layers_to(bottom: str, node: Node) -> list[Node]:
+    """The backing files of ``node`` down to the one that is called ``bottom``."""
+    layers = _layers(node)
+    names = [layer.name for layer in layers]
+    if bottom not in names:
+        raise UsageError(f"Bottom node '{bottom}' not found")
+    return layers[1 : names.index(bottom) + 1]
 
 
 def _held(layers: Sequence[Node], start: int, end: int) -> Iterator[tuple[int, int]]:
