@@ -13,12 +13,12 @@ written. A batch whose places are all allocated already is one write and nothing
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
+from lamina.engine.batches import ROUND, Payload, chunks, layout, merged, offset_of, place, rounds
 from lamina.engine.copies import Copies, reads_zero
 from lamina.engine.workers import run_all
 from lamina.errors import ImageUnsupported, StorageError
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from lamina.engine.locks import Spans
     from lamina.engine.mapping import Piece, Reservation
 
-COPY_AHEAD = 32 << 20
-"""Bytes of units that one round touches at most: a bound for the copies it holds."""
 TABLE_WORK = 1 << 17
 """Units whose table entries one zero or discard changes before memory may be relieved."""
 ZEROES_AT_ONCE = 1 << 20
@@ -42,8 +40,6 @@ ENCRYPT_STEP = 1 << 20
 """Bytes that are encrypted with one call."""
 ENCRYPT_AHEAD = 4 << 20
 """Bytes of encrypted copies that are held before they are written."""
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Writer:
@@ -70,11 +66,11 @@ class Writer:
             end = offset + len(data)
             self._write_round(requests, [(offset // unit * unit, -(-end // unit) * unit)])
             return
-        requests = sorted([request for request in requests if len(request[1])], key=_offset)
+        requests = sorted([request for request in requests if len(request[1])], key=offset_of)
         if not requests:
             return
         units, overlapping, sharing = layout(requests, unit)
-        crowded = sharing or len(requests) * unit > COPY_AHEAD
+        crowded = sharing or len(requests) * unit > ROUND
         if overlapping or not self._write_round(requests, units, in_place_only=crowded):
             for part in rounds(requests, unit):
                 self._write_round(part, layout(part, unit)[0])
@@ -106,7 +102,7 @@ class Writer:
                     disk.ranges.release(hold)
                     return False
                 else:
-                    reservation = mapping.reserve(_merged(requests))
+                    reservation = mapping.reserve(merged(requests))
                     copies = self._plan_copies(reservation)
                     if copies is None:
                         disk.ranges.share(hold)
@@ -213,7 +209,7 @@ class Writer:
         mapping = self.disk.mapping
         unit = mapping.encoded_unit
         units: list[WriteRequest] = []
-        for offset, data in sorted(requests, key=_offset):
+        for offset, data in sorted(requests, key=offset_of):
             end = offset + len(data)
             if offset % unit or (end % unit and end != mapping.size):
                 raise StorageError.from_errno(errno.EINVAL)
@@ -380,116 +376,3 @@ class Writer:
                     disk.metadata.relieve()
                 finally:
                     disk.ranges.release(hold)
-
-
-# -- planning: plain functions of requests -------------------------------------------------------
-
-
-_offset = itemgetter(0)
-
-
-def layout(
-    requests: Sequence[WriteRequest], unit: int
-) -> tuple[list[tuple[int, int]], bool, bool]:
-    """Of sorted requests: the units that they touch, as (start, end); whether some overlap; whether
-    some share a unit without adjoining."""
-    units: list[tuple[int, int]] = []
-    overlapping = sharing = False
-    end = start = stop = -1
-    for offset, data in requests:
-        if offset != end:
-            if offset < end:
-                overlapping = True
-            if offset < stop:
-                sharing = True
-        if offset > stop:
-            if stop > start:
-                units.append((start, stop))
-            start = offset // unit * unit
-        end = max(end, offset + len(data))
-        stop = -(-end // unit) * unit
-    units.append((start, stop))
-    return units, overlapping, sharing
-
-
-def rounds(requests: Sequence[WriteRequest], unit: int) -> Iterator[list[WriteRequest]]:
-    """Sorted requests in groups that overlap nowhere and share no unit unless they adjoin."""
-    waiting = list(requests)
-    most = max(COPY_AHEAD // unit, 1)
-    while waiting:
-        group: list[WriteRequest] = []
-        later: list[WriteRequest] = []
-        end = -unit
-        for request in waiting:
-            offset = request[0]
-            fits = offset == end or (offset > end and offset // unit != (end - 1) // unit)
-            if fits and len(group) < most:
-                group.append(request)
-                end = offset + len(request[1])
-            else:
-                later.append(request)
-        yield group
-        waiting = later
-
-
-def _merged(requests: Sequence[WriteRequest]) -> list[tuple[int, int]]:
-    """(offset, length) of sorted requests; those that adjoin are one."""
-    result: list[tuple[int, int]] = []
-    start = end = -1
-    for offset, data in requests:
-        if offset != end:
-            if end > start:
-                result.append((start, end - start))
-            start = offset
-        end = offset + len(data)
-    result.append((start, end - start))
-    return result
-
-
-class Payload:
-    """The bytes of sorted requests, taken out run by run in ascending order."""
-
-    def __init__(self, requests: Sequence[WriteRequest]) -> None:
-        self._requests = requests
-        self._at = 0
-
-    def take(self, guest_offset: int, length: int) -> list[Buffer]:
-        """The buffers that hold this run; it may span requests that adjoin."""
-        parts: list[Buffer] = []
-        end = guest_offset + length
-        while guest_offset < end:
-            offset, data = self._requests[self._at]
-            if offset + len(data) <= guest_offset:
-                self._at += 1
-                continue
-            skip = guest_offset - offset
-            stop = min(end - offset, len(data))
-            whole = skip == 0 and stop == len(data)
-            parts.append(data if whole else memoryview(data)[skip:stop])
-            guest_offset = offset + stop
-        return parts
-
-
-def place(host_offset: int, parts: Sequence[Buffer]) -> list[WriteRequest]:
-    """One write per buffer, one behind the other."""
-    writes: list[WriteRequest] = []
-    for part in parts:
-        writes.append((host_offset, part))
-        host_offset += len(part)
-    return writes
-
-
-def chunks(parts: Sequence[Buffer], step: int) -> Iterator[bytearray]:
-    """Copies of the bytes of ``parts``, ``step`` at a time."""
-    chunk = bytearray()
-    for part in parts:
-        view = memoryview(part)
-        while view:
-            room = step - len(chunk)
-            chunk += view[:room]
-            view = view[room:]
-            if len(chunk) == step:
-                yield chunk
-                chunk = bytearray()
-    if chunk:
-        yield chunk

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.node import NodeOptions
+from lamina.engine.batches import layout, rounds
 from lamina.engine.disk import Disk
-from lamina.engine.writer import layout, rounds
 from lamina.errors import ImageCorrupt, ImageUnsupported, Refused, StorageError
 from lamina.testing import sample
 from lamina.testing.context import NodesContext
