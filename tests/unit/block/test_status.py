@@ -7,7 +7,6 @@ import pytest
 from lamina.block.extents import Kind
 from lamina.block.node import Node
 from lamina.block.status import Status, chain_columns, chain_extents, is_allocated
-
 from tests.unit.jobs.memory import MemoryDisk, SparseFile
 
 K = 1024
