@@ -82,6 +82,7 @@ class Census:
         self.windows: set[int] = set()
         """Other windows, in which clusters lie that were to be counted."""
         self._total = 0
+        self._most = int(np.iinfo(dtype).max)
 
     def add(self, clusters: Indices, weight: int = 1) -> None:
         """Count each of these clusters ``weight`` more times; those elsewhere are ignored."""
@@ -108,8 +109,7 @@ class Census:
 
     def _step(self, weight: int, clusters: int) -> np.unsignedinteger[Any]:
         self._total += weight * clusters
-        dtype = self.counts.dtype.type
-        step: np.unsignedinteger[Any] = dtype(min(weight, int(np.iinfo(dtype).max)))
+        step: np.unsignedinteger[Any] = self.counts.dtype.type(min(weight, self._most))
         return step
 
     def get(self, cluster: int) -> int:
@@ -312,8 +312,13 @@ class Walk:
     def _count_straight(self, first_entries: Words, weight: int, active: bool) -> None:
         per_table = self.header.l2_entries
         offsets = first_entries & np.uint64(OFFSET_MASK)
+        start = end = 0
         for cluster in (offsets >> np.uint64(self.bits)).tolist():
-            self.census.add_run(cluster, per_table, weight)
+            if cluster != end:
+                self.census.add_run(start, end - start, weight)
+                start = cluster
+            end = cluster + per_table
+        self.census.add_run(start, end - start, weight)
         if active:
             self.statistics.allocated += len(offsets) * per_table * weight
             self.all_copied &= bool((offsets != first_entries).all())
