@@ -462,18 +462,6 @@ def test_refused_resizes(
             "external data file",
             {"data-file": "x.data", "data-file-raw": True},
         ),
-        (
-            ["--object", "secret,id=s,data=abc", "-o",
-             "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"],
-            "'luks'",
-            {},
-        ),
-        (
-            ["--object", "secret,id=s,data=abc", "-o",
-             "encrypt.format=aes,encrypt.key-secret=s"],
-            "'aes'",
-            {"encrypt": {"format": "aes"}},
-        ),
     ],
 )
 def test_refused_by_name_but_inspected(

@@ -35,7 +35,7 @@ from lamina.formats.qcow2.options import Options
 from lamina.formats.qcow2.overlap import Overlap
 from lamina.formats.qcow2.refcounts import Refcounts, read_table
 from lamina.formats.qcow2.settings import Settings
-from lamina.units import SECTOR
+from lamina.units import MIB, SECTOR
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
@@ -91,7 +91,8 @@ class Qcow2Mapping(Mapping):
             self.request_alignment = SECTOR
             self.encoded_unit = 0
         self.cluster_bits = header.cluster_bits
-        self.metadata = Metadata(file)
+        # Small caches mean little memory: for what is not written yet as well.
+        self.metadata = Metadata(file, limit=min(max(self.settings.l2_cache, MIB), 8 * MIB))
         self.corruption = Corruption(file, header, warn, read_only=read_only)
         self._writable_parts: tuple[Refcounts, Allocator] | None = None
         self.overlap = Overlap(file, header, self.corruption)
