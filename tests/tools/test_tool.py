@@ -49,12 +49,18 @@ def test_endings(
     assert ending(error, capsys) == (code, text)
 
 
-def test_warnings_carry_the_name_but_for_the_loud_one(capsys: pytest.CaptureFixture[str]) -> None:
-    tool = Tool("lamina-img")
-    for text in ("careful", "warning: careful", "WARNING: very"):
-        tool.warn(text)
+def test_warnings_carry_the_name_and_findings_do_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool = Tool("/bin/lamina-img")
+    tool.warn("careful")
+    tool.warn("warning: careful")
+    for text in ("warning: careful", "error: lost", "WARNING: very", "qcow2: Image is corrupt"):
+        tool.session.warn(text)
     careful = "lamina-img: warning: careful\n"
-    assert capsys.readouterr().err == careful + careful + "WARNING: very\n"
+    assert capsys.readouterr().err == (
+        3 * careful + "lamina-img: lost\nWARNING: very\nqcow2: Image is corrupt\n"
+    )
 
 
 def start(*arguments: str, **how: object) -> subprocess.Popen[bytes]:

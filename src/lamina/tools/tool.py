@@ -52,7 +52,7 @@ class Tool:
         if self._session is None:
             from lamina.block.session import Session
 
-            self._session = Session(warn=self.warn)
+            self._session = Session(warn=self.tell)
         return self._session
 
     # -- messages --------------------------------------------------------------------------------
@@ -65,17 +65,18 @@ class Tool:
             self._say(hint)
 
     def warn(self, text: str) -> None:
-        """A warning; ``text`` with or without the word in front. The loud one stands alone, and so
-        does what a format says of an image; ``error: `` stands before what is more than a warning.
-        """
-        if text.startswith(("WARNING:", "qcow2: ", "qcow2_free_clusters ")):
-            self._say(text)
-        elif text.startswith("error: "):
+        """``qemu-img: warning: text``; ``text`` with or without the word in front."""
+        self.tell(text if text.startswith("warning:") else f"warning: {text}")
+
+    def tell(self, text: str) -> None:
+        """What is said further down (``Session.warn``): findings about an image stand alone, what
+        begins with ``warning: `` or ``error: `` is a message of the tool."""
+        if text.startswith("error: "):
             self._say(f"{self.name}: {text.removeprefix('error: ')}")
         elif text.startswith("warning:"):
             self._say(f"{self.name}: {text}")
         else:
-            self._say(f"{self.name}: warning: {text}")
+            self._say(text)
 
     def hint(self, text: str) -> None:
         """A further line that belongs to the message before."""

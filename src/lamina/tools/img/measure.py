@@ -128,7 +128,7 @@ class _Context:
 
     def __init__(self, tool: Tool) -> None:
         self.secrets = tool.session.secrets
-        self.warn: Callable[[str], None] = tool.warn
+        self.warn: Callable[[str], None] = tool.tell
 
     def backing_node(self) -> None:
         return None
