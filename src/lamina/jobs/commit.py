@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lamina.block.permissions import Perm
 from lamina.block.status import chain
 from lamina.errors import LaminaError
-from lamina.jobs.convert import Batch, Conversion, Settings
+from lamina.jobs.convert import Conversion, Settings
 from lamina.jobs.sources import Sources
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Commit(Conversion):
-    def explained(self, error: LaminaError, doing: str, batch: Batch) -> LaminaError:
+    def explained(self, error: LaminaError, doing: str, place: int) -> LaminaError:
         """There is one thing that was being done."""
         return error
 

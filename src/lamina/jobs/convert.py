@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.limits import WriteFlags
+from lamina.block.status import Status
 from lamina.errors import LaminaError, UsageError
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.rate import RateLimit
@@ -76,6 +77,8 @@ class Run(NamedTuple):
     zero: bool
     extent: Extent | None = None
     """Where the sources hold the bytes."""
+    place: int = 0
+    """What errors name: a multiple of 2 MiB from the start of what this run is a part of."""
 
     @property
     def end(self) -> int:
@@ -85,7 +88,7 @@ class Run(NamedTuple):
 class Batch:
     """Runs that are read and written together, and the buffer they pass through."""
 
-    __slots__ = ("buffer", "done", "length", "place", "runs", "view", "writes", "zeroes")
+    __slots__ = ("buffer", "done", "length", "runs", "view", "writes", "zeroes")
 
     def __init__(self, size: int) -> None:
         self.buffer = bytearray(size)
@@ -97,8 +100,6 @@ class Batch:
         self.done = 0
         """Bytes of data, in this and all batches before, up to the last end of a run or of 2 MiB
         of one: what progress is measured in."""
-        self.place = -1
-        """What errors name: the last multiple of 2 MiB from the start of the first run."""
         self.length = 0
         self.writes: list[tuple[int, memoryview]] = []
         self.zeroes: list[tuple[int, int]] = []
@@ -199,7 +200,7 @@ class Conversion:
     def plan(self) -> Iterator[Run]:
         """What has to be copied or zeroed, in order."""
         zeroes: Run | None = None
-        for status in self.sources.statuses(self.settings.base):
+        for status in self.statuses():
             extent = status.extent
             offset, length = extent.guest_offset, extent.length
             if status.reads_zero and self.settings.sparse_size:
@@ -219,6 +220,15 @@ class Conversion:
                 yield Run(offset, length, False, extent)
         if zeroes is not None:
             yield zeroes
+
+    def statuses(self) -> Iterator[Status]:
+        offset = 0
+        try:
+            for status in self.sources.statuses(self.settings.base):
+                yield status
+                offset = status.extent.end
+        except LaminaError as error:
+            raise self.explained(error, "reading block status", offset) from None
 
     def zeroes_missing(self, offset: int, length: int) -> int:
         """How many of these zeroes, from the first on, the target does not have by itself."""
@@ -242,9 +252,8 @@ class Conversion:
                 take = length
                 if not run.zero:
                     take = min(length, self.room(batch, offset))
-                if batch.place < 0:
-                    batch.place = run.offset + round_down(offset - run.offset, _PLACE)
-                batch.runs.append(Run(offset, take, run.zero))
+                place = run.offset + round_down(offset - run.offset, _PLACE)
+                batch.runs.append(Run(offset, take, run.zero, place=place))
                 if not run.zero:
                     batch.length += take
                 offset += take
@@ -316,7 +325,7 @@ class Conversion:
             try:
                 self.sources.readv(requests)
             except LaminaError as error:
-                raise self.explained(error, "reading", batch) from None
+                raise self.explained(error, "reading", batch.runs[0].place) from None
         position = 0
         for run in batch.runs:
             if run.zero:
@@ -363,12 +372,31 @@ class Conversion:
             for offset, length in batch.zeroes:
                 self.target.write_zeroes(offset, length, WriteFlags.MAY_UNMAP)
         except LaminaError as error:
-            raise self.explained(error, "writing", batch) from None
+            raise self.explained(error, "writing", self.failing_place(batch)) from None
         self.hold_back(batch.length)
 
-    def explained(self, error: LaminaError, doing: str, batch: Batch) -> LaminaError:
-        """``doing`` is reading or writing."""
-        return error.in_context(f"error while {doing} at byte {batch.place}: ")
+    def failing_place(self, batch: Batch) -> int:
+        """Which of the runs of a batch cannot be written; the first one if, by now, all can."""
+        for run in batch.runs:
+            for offset, data in batch.writes:
+                if run.offset <= offset < run.end and not self._can_write(offset, data):
+                    return run.place
+        return batch.runs[0].place
+
+    def _can_write(self, offset: int, data: memoryview) -> bool:
+        try:
+            if self.settings.compressed:
+                self.target.write_compressed([(offset, data)])
+            else:
+                self.target.writev([(offset, data)])
+        except LaminaError:
+            return False
+        return True
+
+    def explained(self, error: LaminaError, doing: str, place: int) -> LaminaError:
+        """``doing`` is reading, writing or reading block status."""
+        where = "offset" if "status" in doing else "byte"
+        return error.in_context(f"error while {doing} at {where} {place}: ")
 
     def report(self, done: int) -> None:
         if self.total:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lamina.block.extents import Extent, Kind
 from lamina.block.status import Status
 from lamina.errors import LaminaError
-from lamina.jobs.convert import Batch, Conversion, Settings
+from lamina.jobs.convert import Conversion, Settings
 from lamina.jobs.sources import Sources
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Window(Sources):
 
 
 class _Copy(Conversion):
-    def explained(self, error: LaminaError, doing: str, batch: Batch) -> LaminaError:
+    def explained(self, error: LaminaError, doing: str, place: int) -> LaminaError:
         where = "from input" if doing == "reading" else "to output"
         return error.in_context(f"error while {doing} {where} image file: ")
 

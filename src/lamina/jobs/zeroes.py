@@ -31,7 +31,7 @@ def zero_runs(
 
     Zeroes are looked for in granules, of which one begins ``phase % granule`` bytes after
     ``start`` and incomplete ones may be at both ends. Runs of less than ``shortest`` bytes are not
-    worth it. ``start``, ``granule`` and ``phase`` are multiples of 8.
+    worth it, unless they are everything. ``start``, ``granule`` and ``phase`` are multiples of 8.
     """
     first = min(start + phase % granule, end)
     whole = (end - first) & ~7
@@ -59,7 +59,9 @@ def zero_runs(
             run_start = -1
     if run_start >= 0:
         runs.append((run_start, end))
-    return [run for run in runs if run[1] - run[0] >= shortest] if shortest > granule else runs
+    if shortest > granule and runs != [(start, end)]:
+        return [run for run in runs if run[1] - run[0] >= shortest]
+    return runs
 
 
 def between(runs: list[Run], start: int, end: int) -> list[Run]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +48,7 @@ def make_twins(
 ) -> Twins:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     make_chain(theirs)
-    shutil.copytree(theirs, ours)
+    make_chain(ours)
 
     def run(*arguments: str) -> tuple[Outcome, Outcome]:
         in_folder(theirs)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.peer
     [
         "-c 100",
         "-c 100 -d 1 -S 68k",
-        "-c 7 -s 1k -S 3k -o 2M",
+        "-c 7 -s 1k -S 3k -o 1M",
         "-c 30 -w --pattern 17",
         "-c 9 -d 2 -w --pattern 0x21 -s 8k -S 300k -o 4k",
         "-c 20 -d 4 -w --flush-interval 8",
