@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lamina.block.limits import WriteFlags
 from lamina.errors import StorageError
 from lamina.protocols.file import node as file_node
 from lamina.protocols.file import positioned, transfer
@@ -100,6 +101,30 @@ def test_one_call_for_a_whole_batch(
     assert generous.calls == 1
     node.readv([(at, memoryview(bytearray(512))) for at in range(0, 65536, 512)])
     assert generous.calls == 2
+
+
+@pytest.mark.parametrize(
+    "request_at",
+    [
+        lambda node, at: node.read(at, 512),
+        lambda node, at: node.write(at, bytes(512)),
+        lambda node, at: node.writev([(at, bytes(512)), (0, bytes(512))]),
+        lambda node, at: node.write_zeroes(at, 4096),
+        lambda node, at: node.write_zeroes(at, 4096, WriteFlags.MAY_UNMAP),
+        lambda node, at: node.discard(at, 4096),
+    ],
+)
+@pytest.mark.parametrize("offset", [1 << 63, 1 << 64, -4096])
+@pytest.mark.parametrize("direct", [False, True])
+def test_offsets_that_no_file_has(
+    disk: Path, open_file: Opener, request_at: Any, offset: int, direct: bool
+) -> None:
+    """Least of all those that are 0 when cut to 64 bits."""
+    disk.write_bytes(b"x" * (1 << 20))
+    node = open_file(disk, direct=direct)
+    with pytest.raises(StorageError):
+        request_at(node, offset)
+    assert disk.read_bytes()[512:] == b"x" * ((1 << 20) - 512)
 
 
 def test_a_full_disk(disk: Path, open_file: Opener, monkeypatch: pytest.MonkeyPatch) -> None:

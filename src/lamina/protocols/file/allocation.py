@@ -19,6 +19,8 @@ PUNCH_HOLE = 0x02
 ZERO_RANGE = 0x10
 
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+_LONGEST = (1 << 63) - 1
+"""Bytes: what the host can express."""
 _FULL_BLOCK = 64 << 10
 """Bytes that preallocation=full writes at a time."""
 
@@ -86,6 +88,7 @@ def _punch_on_macos(fd: int, offset: int, length: int) -> bool:
     import fcntl
     import struct
 
+    check_range(offset, length)
     try:
         # F_PUNCHHOLE takes struct fpunchhole: flags, reserved, offset, length.
         fcntl.fcntl(fd, 99, struct.pack("@IIqq", 0, 0, offset, length))
@@ -97,7 +100,8 @@ def _punch_on_macos(fd: int, offset: int, length: int) -> bool:
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
-    """fallocate(2); False: not supported for this file or mode. Raises OSError."""
+    """fallocate(2); False: not supported for this file or mode. Raises OSError or OverflowError."""
+    check_range(offset, length)
     call = _fallocate_function()
     if call is None:
         return False
@@ -110,6 +114,12 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
     return True
+
+
+def check_range(offset: int, length: int) -> None:
+    """Numbers on their way to C are cut to 64 bits without a word. Raises OverflowError."""
+    if offset < 0 or length < 0 or offset + length > _LONGEST:
+        raise OverflowError
 
 
 @functools.cache
@@ -137,6 +147,8 @@ def set_length(fd: int, old: int, new: int, preallocation: Preallocation) -> Non
     if preallocation is not Preallocation.OFF and new < old:
         raise UsageError("Cannot use preallocation for shrinking files")
     try:
+        if new > _LONGEST:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if preallocation is Preallocation.OFF or new == old:
             os.ftruncate(fd, new)
         elif preallocation is Preallocation.FALLOC:

@@ -68,11 +68,12 @@ class DeviceNode(FileNode):
             self._range_ioctl(_BLKDISCARD, start, end - start)
 
     def _range_ioctl(self, request: int, offset: int, length: int) -> bool:
-        """False: not supported. Raises OSError."""
+        """False: not supported. Raises OSError or OverflowError."""
         if sys.platform != "linux":
             return False
         import fcntl
 
+        allocation.check_range(offset, length)
         try:
             fcntl.ioctl(self._fd, request, struct.pack("@QQ", offset, length))
         except OSError as error:

@@ -15,6 +15,7 @@ from lamina.block.permissions import Perm
 from lamina.errors import StorageError
 from lamina.protocols.file.node import FileNode
 from lamina.protocols.file.transfer import preadv, pwritev, rest, runs
+from lamina.units import round_up
 
 _CANDIDATES = (1, 512, 1024, 2048, 4096)
 """Bytes: alignments of requests and of buffers to try."""
@@ -56,6 +57,17 @@ class DirectFileNode(FileNode):
     def _discard(self, offset: int, length: int) -> None:
         self._aligner.discard(offset, length)
 
+    def _stretches(self, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Data is read by whole blocks, also the last one of the file."""
+        alignment = self._limits.request_alignment
+        done = offset
+        for start, stop, is_data in super()._stretches(offset, end):
+            if is_data:
+                stop = min(round_up(stop, alignment), end)
+            if stop > done:
+                yield max(start, done), stop, is_data
+                done = stop
+
     def apply_permissions(self, perm: Perm, shared: Perm) -> None:
         check_resizable(self, perm)
         super().apply_permissions(perm, shared)
@@ -68,8 +80,8 @@ class DirectFileNode(FileNode):
                 done = preadv(self._fd, buffers, offset) if self._fit(buffers) else 0
                 if done != length:
                     self._bounced_read(offset, rest(buffers, done), done)
-        except OSError as error:
-            raise StorageError.from_os_error(error, path=self.path) from None
+        except (OSError, OverflowError) as error:
+            raise self._failure(error) from None
 
     def aligned_writev(
         self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE
@@ -82,9 +94,9 @@ class DirectFileNode(FileNode):
                 done = pwritev(self._fd, buffers, offset) if self._fit(buffers) else 0
                 if done != length:
                     self._bounced_write(offset, rest(buffers, done), done)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self._changed()
-            raise StorageError.from_os_error(error, path=self.path) from None
+            raise self._failure(error) from None
 
     def aligned_write_zeroes(self, offset: int, length: int, flags: WriteFlags) -> None:
         super().write_zeroes(offset, length, flags)

@@ -60,7 +60,8 @@ class HostDeviceDriver(Driver):
             perm = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
             node.used_by(None, "creation", perm, Perm.ALL)
             node.truncate(options.size, exact=False)
-            node.write(0, bytes(min(SECTOR, node.size)))
+            if node.size:
+                node.write(0, bytes(min(SECTOR, node.size)))
 
 
 DRIVER = HostDeviceDriver("host_device")

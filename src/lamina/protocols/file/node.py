@@ -102,8 +102,8 @@ class FileNode(Node):
                     done = preadv(self._fd, buffers, offset)
                     if done != length:
                         continue_read(self._fd, buffers, offset, done)
-        except OSError as error:
-            raise StorageError.from_os_error(error, path=self.path) from None
+        except (OSError, OverflowError) as error:
+            raise self._failure(error) from None
 
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
         if len(requests) == 1:
@@ -143,9 +143,9 @@ class FileNode(Node):
                     done = pwritev(self._fd, buffers, offset)
                     if done != length:
                         continue_write(self._fd, buffers, offset, done)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self._changed()
-            raise StorageError.from_os_error(error, path=self.path) from None
+            raise self._failure(error) from None
 
     def _grow(self, action: Callable[[], T], *, ahead: bool = False) -> T:
         """Do what may make the file longer; ``ahead``: it looks after space taken ahead itself.
@@ -161,6 +161,12 @@ class FileNode(Node):
             finally:
                 self._length = self._find_length()
 
+    def _failure(self, error: OSError | OverflowError) -> StorageError:
+        """Overflow: an offset (a damaged image may name any) that the host cannot express."""
+        if isinstance(error, OverflowError):
+            return StorageError.from_errno(errno.EINVAL, path=self.path)
+        return StorageError.from_os_error(error, path=self.path)
+
     def _changed(self) -> None:
         """The file is not what it was: what is known of its holes, and the last flush, are old."""
         self._holes.generation += 1
@@ -174,8 +180,8 @@ class FileNode(Node):
 
         try:
             done = self._grow(zero) if offset + length > self._length else zero()
-        except OSError as error:
-            raise StorageError.from_os_error(error, path=self.path) from None
+        except (OSError, OverflowError) as error:
+            raise self._failure(error) from None
         finally:
             self._changed()
         if not done:
@@ -194,8 +200,8 @@ class FileNode(Node):
     def _discard(self, offset: int, length: int) -> None:
         try:
             self._give_back(offset, length)
-        except OSError as error:
-            raise StorageError.from_os_error(error, path=self.path) from None
+        except (OSError, OverflowError) as error:
+            raise self._failure(error) from None
         finally:
             self._changed()
 
@@ -219,8 +225,8 @@ class FileNode(Node):
 
         try:
             return self._grow(copy) if offset + length > self._length else copy()
-        except OSError as error:
-            raise StorageError.from_os_error(error, path=self.path) from None
+        except (OSError, OverflowError) as error:
+            raise self._failure(error) from None
         finally:
             self._changed()
 
@@ -242,13 +248,17 @@ class FileNode(Node):
         """Data and holes, to the byte. A hole is what the file system says is one."""
         return [
             Extent(start, stop - start, Kind.DATA if is_data else Kind.ZERO, self, start)
-            for start, stop, is_data in self._holes.stretches(offset, offset + length, self._length)
+            for start, stop, is_data in self._stretches(offset, offset + length)
         ]
+
+    def _stretches(self, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, is_data)."""
+        return self._holes.stretches(offset, end, self._length)
 
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         import numpy as np
 
-        stretches = self._holes.stretches(offset, offset + length, self._length)
+        stretches = self._stretches(offset, offset + length)
         while piece := list(itertools.islice(stretches, _ROWS)):
             table = np.array(piece, dtype=np.int64)
             start = table[:, 0].copy()

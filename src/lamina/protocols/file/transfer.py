@@ -21,6 +21,7 @@ else:
 MAX_BUFFERS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
 """Buffers that one call takes."""
 
+
 def runs(
     requests: Sequence[ReadRequest] | Sequence[WriteRequest],
 ) -> list[tuple[int, list[Any], int]]:
