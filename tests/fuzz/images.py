@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 from lamina.block.driver import Fix
+from lamina.block.info import SnapshotInfo
 from lamina.block.node import NodeOptions
 from lamina.errors import LaminaError
 from lamina.formats.qcow2 import DRIVER
@@ -21,7 +22,7 @@ LONGEST = 1 << 24
 """Bytes: nothing that is done to a tiny image makes it grow beyond."""
 
 
-def _seed(**options: object) -> tuple[bytes, list[tuple[int, int]]]:
+def _seed(*, snapshot: bool = False, **options: object) -> tuple[bytes, list[tuple[int, int]]]:
     """A tiny image with every kind of cluster, and where its tables are."""
     file = MemoryFile(make(SIZE, cluster_size=UNIT, **options))
     disk = open_image(file, node_options=NodeOptions(read_only=False, filename="memory"))
@@ -32,6 +33,9 @@ def _seed(**options: object) -> tuple[bytes, list[tuple[int, int]]]:
     if options.get("compat") != "0.10":
         disk.write_zeroes(90 * UNIT, UNIT)
         disk.write_zeroes(50 * UNIT, UNIT)
+    if snapshot:
+        DRIVER.create_snapshot(disk, SnapshotInfo("", "one", 0, 0, 0, 0, 0))
+        disk.write(UNIT, b"later" * 300)
     disk.close()
     content = bytes(file.content)
     header = Header.parse(content)
@@ -45,6 +49,8 @@ def _seed(**options: object) -> tuple[bytes, list[tuple[int, int]]]:
     block = header.refcount_table_offset
     block = int.from_bytes(content[block : block + 8], "big")
     spans.append((block, block + 64))
+    if snapshot:
+        spans.append((header.snapshots_offset, header.snapshots_offset + 80))
     # Compressed data is among the rest.
     spans.append((0, len(content)))
     return content, spans
@@ -57,6 +63,7 @@ def fuzz_images(count: int, seed: int = 0) -> dict[str, int]:
     """
     rng = random.Random(seed)
     seeds = [_seed(), _seed(compat="0.10"), _seed(refcount_bits=1), _seed(refcount_bits=64)]
+    seeds.append(_seed(snapshot=True))
     reached = {"opened": 0, "read": 0, "checked": 0, "repaired": 0, "clean": 0}
     for number in range(count):
         content, spans = seeds[number % len(seeds)]

@@ -9,7 +9,7 @@ import pytest
 
 from lamina.block.info import SnapshotInfo
 from lamina.block.node import NodeOptions
-from lamina.errors import StorageError
+from lamina.errors import ImageUnsupported, StorageError
 from lamina.formats.qcow2 import DRIVER
 from lamina.testing.crash import CrashFile, GuestLog, power_cuts
 from lamina.testing.memory import MemoryFile
@@ -179,3 +179,54 @@ def test_snapshot_table_mended() -> None:
         verdict = verify(bytes(file.content))
         assert verdict.errors == []
         assert len(open_image(read_only(bytes(file.content))).info().snapshots) == 1
+
+
+def test_a_dirty_image_is_repaired_as_it_is_opened() -> None:
+    image = Image(sound())
+    image.change(72, set=1)
+    image.set_count(image.place(0), 0)
+    content = bytes(image.content)
+    file = MemoryFile(content)
+    open_image(read_only(content)).close()
+    disk = open_image(file, node_options=WRITABLE)
+    disk.write(10 * UNIT, b"x" * UNIT)
+    disk.close()
+    assert file.content[79] == 0
+    assert verify(bytes(file.content)) == ([], [])
+    assert_kept(bytes(file.content), DAMAGES[0])
+
+
+def test_a_dirty_image_that_cannot_be_repaired_is_refused() -> None:
+    image = Image(sound())
+    image.change(72, set=1)
+    image.put(40, 1 << 40)
+    file = MemoryFile(bytes(image.content))
+    with pytest.raises(ImageUnsupported) as caught:
+        open_image(file, node_options=WRITABLE)
+    assert str(caught.value) == "Could not repair dirty image: Input/output error"
+    assert file.content == image.content
+
+
+def test_a_failing_repair_can_be_repeated() -> None:
+    """An error in the middle of a repair leaves what a power cut leaves."""
+    content = damaged(next(one for one in DAMAGES if one.name == "refcount block missing"))
+    for failing in range(12):
+        file = MemoryFile(content)
+        writes = 0
+
+        def fail(kind: str, offset: int, length: int, failing: int = failing) -> None:
+            nonlocal writes
+            if kind in ("write", "flush"):
+                writes += 1
+                if writes > failing:
+                    raise StorageError.from_errno(errno.EIO)
+
+        file.hook = fail
+        try:
+            run_check(file, ALL)
+        except StorageError:
+            assert writes > failing
+        file.hook = None
+        run_check(file, ALL)
+        assert is_clean(run_check(file, NOTHING)[0])
+        assert_kept(bytes(file.content), DAMAGES[0])
