@@ -21,7 +21,8 @@ block.driver block.extents block.filenames block.info block.keyvalue block.limit
 block.opening block.options block.permissions block.policy block.probing block.registry
 block.secrets block.session protocols protocols.file protocols.file.holes protocols.file.locks
 protocols.file.node protocols.file.opening protocols.file.transfer engine engine.batches
-engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata engine.reader engine.workers
+engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata engine.reader
+engine.workers
 engine.writer formats formats.qcow2 formats.qcow2.about formats.qcow2.layout formats.qcow2.opening
 formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings formats.qcow2.snapshots
 """
