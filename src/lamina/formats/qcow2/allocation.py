@@ -123,7 +123,7 @@ class Allocator:
         """
         self.file.event("cluster_alloc")
         if count == 1:
-            first = self._search_one()
+            first = self._free_behind(self._hint)
         else:
             first = self._search_run(count, max(self._hint, self._run_hint))
         return self._take(first, count, what)
@@ -183,10 +183,6 @@ class Allocator:
         self._run_hint = max(first + count, self._hint)
         return offset
 
-    def _search_one(self) -> int:
-        """A free cluster whose refcount block exists."""
-        return self._free_behind(self._hint)
-
     def _search_run(self, count: int, start: int) -> int:
         """First cluster of ``count`` free ones in a row; their refcount blocks may be missing."""
         refcounts = self.refcounts
@@ -220,7 +216,7 @@ class Allocator:
         per_block = self.refcounts.per_block
         behind = first + count
         if count == 1:
-            # Whoever found a single cluster read its block.
+            # Whoever found a single cluster has read its block.
             return
         for index in range(first // per_block, (behind - 1) // per_block + 1):
             if not self.refcounts.block_offset(index):
