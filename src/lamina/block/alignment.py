@@ -201,13 +201,14 @@ def check_resizable(node: Node, perm: Perm) -> None:
 class RangeLocks:
     """Ranges of bytes in use: shared ones exclude only exclusive ones.
 
-    Whoever comes first goes first: a request waits for all earlier ones that exclude it, whether
-    those are under way or wait themselves. So nobody starves, and nobody waits in a circle.
+    A claim waits for those under way that exclude it, not for those that wait themselves: beside
+    them there may be room. When something ends, whoever has waited longest goes first.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._claims: list[_Claim] = []
+        self._granted: list[_Claim] = []
+        self._waiting: list[_Claim] = []
         """In the order in which they came."""
 
     def shared(self, ranges: Sequence[Range]) -> AbstractContextManager[None]:
@@ -219,25 +220,24 @@ class RangeLocks:
 
     @contextmanager
     def _hold(self, claim: _Claim) -> Iterator[None]:
-        with self._changed:
-            self._claims.append(claim)
         try:
             with self._changed:
-                while self._has_to_wait(claim):
-                    self._changed.wait()
+                if not self._grant(claim):
+                    self._waiting.append(claim)
+                    self._changed.wait_for(lambda: claim in self._granted)
             yield
         finally:
             with self._changed:
-                self._claims.remove(claim)
+                (self._granted if claim in self._granted else self._waiting).remove(claim)
+                self._waiting = [one for one in self._waiting if not self._grant(one)]
                 self._changed.notify_all()
 
-    def _has_to_wait(self, claim: _Claim) -> bool:
-        for earlier in self._claims:
-            if earlier is claim:
-                return False
-            if earlier.excludes(claim):
-                return True
-        raise AssertionError("a claim that was never made")
+    def _grant(self, claim: _Claim) -> bool:
+        """False: something under way excludes it."""
+        if any(other.excludes(claim) for other in self._granted):
+            return False
+        self._granted.append(claim)
+        return True
 
 
 class _Claim:

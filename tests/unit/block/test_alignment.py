@@ -253,6 +253,38 @@ def test_shared_ranges_only_exclude_exclusive_ones() -> None:
     assert entered == ["overlapping", "beside", "over", "behind", "into"]
 
 
+def test_nobody_waits_for_who_only_waits() -> None:
+    """A request that waits for another must not keep a third one from what nobody uses."""
+    locks = RangeLocks()
+    release = threading.Event()
+    entered: list[str] = []
+    inside = threading.Semaphore(0)
+
+    def hold(name: str, start: int, end: int) -> threading.Thread:
+        def work() -> None:
+            with locks.exclusive((start, end)):
+                entered.append(name)
+                inside.release()
+                release.wait(10)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    threads = [hold("left", 0, 10)]
+    assert inside.acquire(timeout=10)
+    for name, start, end in (("both", 5, 20), ("both again", 5, 20)):
+        threads.append(hold(name, start, end))
+        threads[-1].join(0.05)
+    threads.append(hold("right", 10, 20))
+    assert inside.acquire(timeout=10)
+    assert entered == ["left", "right"]
+    release.set()
+    for thread in threads:
+        thread.join(10)
+    assert entered == ["left", "right", "both", "both again"]
+
+
 def test_fragments() -> None:
     data = bytes(range(10))
     assert fragments([(0, data)], 0) == [(0, data)]
