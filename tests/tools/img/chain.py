@@ -60,7 +60,7 @@ def make_twins(
 
 
 def allocation(image: Path) -> list[dict[str, Any]]:
-    """What QEMU's map says, without the places."""
+    """What QEMU's map says, without the places, nor which data lies in holes of the file."""
     done = subprocess.run(
         ["qemu-img", "map", "--output=json", str(image)], check=True, capture_output=True
     )
@@ -68,6 +68,7 @@ def allocation(image: Path) -> list[dict[str, Any]]:
     for row in json.loads(done.stdout):
         row.pop("offset", None)
         row.pop("filename", None)
+        row["zero"] = row["zero"] and not row["data"]
         facts = {key: value for key, value in row.items() if key not in ("start", "length")}
         if rows and {k: v for k, v in rows[-1].items() if k not in ("start", "length")} == facts:
             rows[-1]["length"] += row["length"]
