@@ -100,8 +100,8 @@ def list_bitmaps(
     if not header.autoclear_features & AUTOCLEAR_BITMAPS:
         if header.version >= 3:
             warn(
-                "a program lacking bitmap support modified this file, so all bitmaps are now "
-                "considered inconsistent"
+                "warning: a program lacking bitmap support modified this file, so all bitmaps are "
+                "now considered inconsistent"
                 "\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
             )
         return []
