@@ -48,7 +48,7 @@ def _grow(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> Non
     old_size = header.size
     entries = -(-size // (header.l2_entries << header.cluster_bits))
     if entries * 8 > MAX_L1:
-        raise ImageUnsupported("The image size is too large", errno=errno.EFBIG)
+        raise ImageUnsupported("Failed to grow the L1 table: File too large", errno=errno.EFBIG)
     tables.grow_l1(entries, exactly=True)
     _drop_behind(mapping, -(-old_size // mapping.unit), entries)
     backing = mapping.backing()
