@@ -230,3 +230,16 @@ def test_a_failing_repair_can_be_repeated() -> None:
         run_check(file, ALL)
         assert is_clean(run_check(file, NOTHING)[0])
         assert_kept(bytes(file.content), DAMAGES[0])
+
+
+def test_more_snapshots_than_there_may_be() -> None:
+    image = Image(sound(compat="0.10"))
+    image.put(64, image.grow(2))
+    struct.pack_into(">I", image.content, 60, 65540)
+    file = MemoryFile(bytes(image.content))
+    with pytest.raises(StorageError) as caught:
+        run_check(file, NOTHING)
+    assert caught.value.errno == errno.EFBIG
+    _, lines = run_check(file, ALL)
+    assert lines[0] == "Discarding 4 overhanging snapshots"
+    assert Image(bytes(file.content)).header.nb_snapshots == 65536

@@ -22,7 +22,14 @@ import numpy as np
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.errors import StorageError
-from lamina.formats.qcow2.arrays import Counts, Indices, Mask, count_type, read_into
+from lamina.formats.qcow2.arrays import (
+    BATCH,
+    Counts,
+    Indices,
+    Mask,
+    count_type,
+    read_into,
+)
 from lamina.formats.qcow2.copied import check_copied
 from lamina.formats.qcow2.layout import (
     MAX_SNAPSHOT_EXTRA,
@@ -42,6 +49,8 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
+NB_SNAPSHOTS = 60
+"""Offset of this field of the header."""
 SNAPSHOT_HEADER = 40
 """Bytes of an entry of the snapshot table before extra data, id and name."""
 
@@ -128,6 +137,8 @@ class ImageCheck:
         self._counted: tuple[Census, Walk] | None = None
         """The only window's, where one is enough."""
         self._last_window: Census | None = None
+        self._piece = (0, b"")
+        """Of the snapshot table: where it is, and what was read of it last."""
 
     # -- what the parts find -----------------------------------------------------------------------
 
@@ -199,6 +210,7 @@ class ImageCheck:
                     what = "T" + what[1:]
                     self._give_up(f"{_UNREADABLE}: {what}", "this extra metadata")
                 self._discard(f"{what} ({extra} > {MAX_SNAPSHOT_EXTRA})", 1)
+                self.mended_snapshots = True
             kept += snapshot.entry_length - max(extra - MAX_SNAPSHOT_EXTRA, 0)
             if kept > MAX_SNAPSHOT_TABLE:
                 surplus = count - index
@@ -212,17 +224,21 @@ class ImageCheck:
                 self.corruption(f" snapshot table entry {index} is incomplete", mended=mends)
                 self.mended_snapshots |= mends
             snapshots.append(snapshot)
+        if len(snapshots) < header.nb_snapshots:
+            # Their clusters are leaks from now on, so nobody may know of them any more.
+            header.nb_snapshots = len(snapshots)
+            self.file.write(NB_SNAPSHOTS, header.nb_snapshots.to_bytes(4, "big"))
+            self.file.flush()
         return snapshots
 
     def _give_up(self, what: str, removable: str) -> NoReturn:
-        self.report(f"ERROR {what}")
+        self.report(f"error: ERROR {what}")
         self.report(f"You can force-remove {removable} with qemu-img check -r all")
         raise StorageError.from_errno(errno.EFBIG)
 
     def _discard(self, what: str, corruptions: int) -> None:
         self.report(f"Discarding {what}")
         self.result.corruptions_fixed += corruptions
-        self.mended_snapshots = True
 
     def _read_snapshot(self, position: int, index: int) -> tuple[Snapshot, int]:
         """An entry, with no more extra data than is allowed; how much it has in the file."""
@@ -240,9 +256,13 @@ class ImageCheck:
         return snapshot, extra
 
     def _read(self, offset: int, length: int) -> bytes:
-        buffer = bytearray(length)
-        read_into(self.file, [(offset, memoryview(buffer))])
-        return bytes(buffer)
+        """A part of the snapshot table; parts that follow cost nothing."""
+        start, piece = self._piece
+        if not start <= offset <= offset + length <= start + len(piece):
+            buffer = bytearray(max(length, BATCH))
+            read_into(self.file, [(offset, memoryview(buffer))])
+            start, piece = self._piece = offset, bytes(buffer)
+        return piece[offset - start : offset - start + length]
 
     @property
     def snapshot_table_is_outside(self) -> bool:

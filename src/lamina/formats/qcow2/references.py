@@ -7,15 +7,16 @@ may lie anywhere, overlap, and repeat each other.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from lamina.errors import ImageCorrupt
 from lamina.formats.qcow2.arrays import (
     Counts,
     Indices,
+    Mask,
     TableRun,
     Words,
     read_into,
@@ -165,8 +166,11 @@ class Walk:
         self._protected = self._find_protected()
         self._region(0, self.cluster_size)
         self._l1(header.l1_table_offset, header.l1_size, active=True)
+        # Several snapshots that name one L1 table would cost a walk each.
+        tables = Counter((one.l1_table_offset, one.l1_size) for one in self.snapshots)
         for snapshot in self.snapshots:
-            self._snapshot_l1(snapshot)
+            weight = tables.pop((snapshot.l1_table_offset, snapshot.l1_size), 0)
+            self._snapshot_l1(snapshot, weight)
         self._region(header.snapshots_offset, snapshot_table_length(self.snapshots))
         if header.crypto is not None:
             self._region(header.crypto.offset, header.crypto.length)
@@ -194,7 +198,7 @@ class Walk:
 
     # -- L1 and L2 tables --------------------------------------------------------------------------
 
-    def _snapshot_l1(self, snapshot: Snapshot) -> None:
+    def _snapshot_l1(self, snapshot: Snapshot, weight: int) -> None:
         name = f"{snapshot.id} ({snapshot.name})"
         if snapshot.l1_table_offset & (self.cluster_size - 1):
             self._error(
@@ -206,13 +210,16 @@ class Walk:
                 f" snapshot {name} l1_size={snapshot.l1_size:#x}: "
                 "L1 table is too large; snapshot table entry corrupted"
             )
-        else:
-            self._l1(snapshot.l1_table_offset, snapshot.l1_size, active=False)
+        elif weight:
+            self._l1(snapshot.l1_table_offset, snapshot.l1_size, active=False, weight=weight)
 
-    def _l1(self, offset: int, size: int, *, active: bool) -> None:
+    def _l1(self, offset: int, size: int, *, active: bool, weight: int = 1) -> None:
         """Count an L1 table, the L2 tables that it names and what those name."""
-        self._region(offset, size * 8)
-        l1 = read_words(self.file, offset, size)
+        if not size:
+            return
+        self._region(offset, size * 8, weight)
+        # What is not there reads as zeroes; there may be a lot of it.
+        l1 = read_words(self.file, offset, min(size, max(self.file_size - offset + 7, 0) // 8))
         present = np.flatnonzero(l1)
         entries = l1[present]
         offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
@@ -224,6 +231,7 @@ class Walk:
         alone = unusable | foreign | ((entries & np.uint64(L1_RESERVED)) != 0)
         # Several entries may name one table: it is read once, and counts as often as it is named.
         first_uses, weights = count_uses(offsets)
+        weights *= weight
         changes: dict[int, int] = {}
         start = 0
         for stop in [*np.flatnonzero(alone).tolist(), len(entries)]:
@@ -557,30 +565,36 @@ class Regions:
     """Runs of clusters that are known to serve a purpose."""
 
     def __init__(self) -> None:
-        self._regions: list[tuple[int, int, str]] = []
+        self._spans: list[tuple[int, int]] = []
+        self._vital: list[tuple[int, int, str]] = []
+        self._sorted: tuple[Indices, Indices] | None = None
 
     def add(self, first: int, end: int, vital: str = "") -> None:
         """``vital``: the name of what an image cannot do without and nobody can derive again."""
         if first < end:
-            self._regions.append((first, end, vital))
+            self._spans.append((first, end))
+            self._sorted = None
+            if vital:
+                self._vital.append((first, end, vital))
 
-    def contain(self, clusters: Indices) -> npt.NDArray[np.bool_]:
+    def contain(self, clusters: Indices) -> Mask:
         """Which of these clusters lie in one of the regions."""
-        spans = sorted((first, end) for first, end, _ in self._regions)
-        starts = np.array([first for first, _ in spans], dtype=np.int64)
-        if not spans:
+        if not self._spans:
             return np.zeros(len(clusters), dtype=np.bool_)
-        # The furthest end of this region and all before it: regions may overlap.
-        ends = np.maximum.accumulate(np.array([end for _, end in spans], dtype=np.int64))
+        if self._sorted is None:
+            spans = np.array(sorted(self._spans), dtype=np.int64)
+            # The furthest end of this region and all before it: regions may overlap.
+            self._sorted = spans[:, 0].copy(), np.maximum.accumulate(spans[:, 1])
+        starts, ends = self._sorted
         index = np.searchsorted(starts, clusters, side="right") - 1
-        inside: npt.NDArray[np.bool_] = (index >= 0) & (clusters < ends[index])
+        inside: Mask = (index >= 0) & (clusters < ends[index])
         return inside
 
     def vital(self, cluster: int) -> str:
         """The name of the vital table in this cluster; empty if there is none."""
-        for first, end, vital in self._regions:
-            if vital and first <= cluster < end:
-                return vital
+        for first, end, name in self._vital:
+            if first <= cluster < end:
+                return name
         return ""
 
 

@@ -35,7 +35,13 @@ def read_snapshots(file: Node, header: Header) -> list[Snapshot]:
         snapshots.append(snapshot)
         position += snapshot.entry_length
         if position > MAX_SNAPSHOT_TABLE:
-            raise _error("Snapshot table is too big", header)
+            error = _error("Snapshot table is too big", header)
+            surplus = header.nb_snapshots - index
+            error.hint = (
+                f"You can force-remove all {surplus} overhanging snapshots with "
+                "qemu-img check -r all"
+            )
+            raise error
     return snapshots
 
 
@@ -56,8 +62,7 @@ def _check_extra(piece: bytes, start: int, index: int, header: Header) -> None:
     if int.from_bytes(piece[start + 36 : start + 40], "big") > MAX_SNAPSHOT_EXTRA:
         error = _error(f"Too much extra metadata in snapshot table entry {index}", header)
         error.hint = (
-            "You can force-remove this extra metadata by updating the image via "
-            "'qemu-img check -r all'"
+            "You can force-remove this extra metadata with qemu-img check -r all"
         )
         raise error
 

@@ -72,12 +72,12 @@ def run(arguments: list[str], tool: Tool) -> int:
         layer = image.node.unfiltered
         driver = registry.driver(layer.driver)
         try:
-            result = driver.check(layer, fix, tool.hint)
+            result = driver.check(layer, fix, tool.tell)
             if result.leaks_fixed or result.corruptions_fixed:
                 if not (as_json or quiet):
                     sys.stdout.write(_repaired(result))
                 result = replace(
-                    driver.check(layer, Fix(), tool.hint),
+                    driver.check(layer, Fix(), tool.tell),
                     leaks_fixed=result.leaks_fixed,
                     corruptions_fixed=result.corruptions_fixed,
                 )
