@@ -128,6 +128,31 @@ class Allocator:
             first = self._search_run(count, max(self._hint, self._run_hint))
         return self._take(first, count, what)
 
+    def allocate_at(self, host_offset: int, count: int) -> int:
+        """How many of the ``count`` clusters from ``host_offset`` on were free: they are counted
+        now."""
+        first = host_offset >> self.cluster_bits
+        free = self._free_at(first, count)
+        if free:
+            self.file.event("cluster_alloc")
+            self._take(first, free, "")
+        return free
+
+    def _free_at(self, first: int, count: int) -> int:
+        """Free clusters in a row from ``first`` on, ``count`` at most."""
+        refcounts = self.refcounts
+        free = 0
+        while free < count:
+            index, place = divmod(first + free, refcounts.per_block)
+            part = min(count - free, refcounts.per_block - place)
+            block = refcounts.block(index)
+            if block is not None:
+                end = refcounts.width.next_used(block, place, place + part)
+                if end < place + part:
+                    return free + end - place
+            free += part
+        return free
+
     def allocate_table(self, count: int, what: str) -> int:
         """The same for metadata: gaps in front are looked at again."""
         if count == 1:
@@ -215,9 +240,6 @@ class Allocator:
         """Make the refcount blocks of a free run, outside of the run."""
         per_block = self.refcounts.per_block
         behind = first + count
-        if count == 1:
-            # Whoever found a single cluster has read its block.
-            return
         for index in range(first // per_block, (behind - 1) // per_block + 1):
             if not self.refcounts.block_offset(index):
                 self._grow_table(index, behind)
@@ -270,46 +292,39 @@ class Allocator:
     def _grow_table(self, index: int, behind: int) -> None:
         """Make the refcount table long enough for block ``index``.
 
-        The new table and the blocks that count it come to lie together, behind everything that the
-        old table could count and not before the cluster ``behind``.
+        Nothing is counted from the cluster ``behind`` on: there comes the block that counts it. The
+        new table, with the blocks that count it and more for the time to come, lies behind what
+        that block counts.
         """
         refcounts, header = self.refcounts, self.header
-        old = refcounts.table
-        if index < len(old):
+        if index < len(refcounts.table):
             return
         self.file.event("reftable_grow")
-        per_block = refcounts.per_block
-        per_cluster = self.cluster_size // 8
-        start = max(len(old) * per_block, behind)
-        entries = max(index + 1, len(old) * 3 // 2)
-        while True:
-            table_clusters = -(-entries // per_cluster)
-            blocks = 1
-            while blocks < self._blocks_touched(start, table_clusters + blocks):
-                blocks += 1
-            last = (start + table_clusters + blocks - 1) // per_block
-            if last < table_clusters * per_cluster:
-                break
-            entries = last + 1
+        home = behind // refcounts.per_block
+        start = (home + 1) * refcounts.per_block
+        blocks, table_clusters = self._table_for(start)
         if table_clusters << self.cluster_bits > MAX_REFCOUNT_TABLE:
             raise StorageError.from_errno(errno.EFBIG)
-        table = array("Q", old)
-        table.extend([0] * (table_clusters * per_cluster - len(old)))
-        old_offset, old_clusters = header.refcount_table_offset, header.refcount_table_clusters
+        blocks -= home + 1
         table_offset = (start + blocks) << self.cluster_bits
-        self.overlap.check(
-            start << self.cluster_bits, (blocks + table_clusters) << self.cluster_bits
-        )
+        places = [behind, *range(start, start + blocks)]
+        for place in places:
+            self.overlap.check(place << self.cluster_bits, self.cluster_size)
+        self.overlap.check(table_offset, table_clusters << self.cluster_bits)
+        table = array("Q", refcounts.table)
+        table.extend([0] * (table_clusters * (self.cluster_size // 8) - len(table)))
+        old_offset, old_clusters = header.refcount_table_offset, header.refcount_table_clusters
         refcounts.table = table
         header.refcount_table_offset = table_offset
         header.refcount_table_clusters = table_clusters
         self.overlap.add_refcount_table()
         self.file.event("refblock_alloc_write_blocks")
-        for number in range(blocks):
-            offset = (start + number) << self.cluster_bits
+        for number, place in enumerate(places, home):
+            offset = place << self.cluster_bits
             refcounts.cache.new(offset)
-            table[start // per_block + number] = offset
+            table[number] = offset
             self.overlap.add_refcount_block(offset)
+        refcounts.add(behind, 1)
         refcounts.add(start, blocks + table_clusters)
         # Entries that were on their way into the old table are part of the new one.
         self.metadata.forget(old_offset, old_clusters << self.cluster_bits)
@@ -323,10 +338,21 @@ class Allocator:
             event="refblock_alloc_switch_table",
         )
         self.free_later([Freed(old_offset >> self.cluster_bits, old_clusters)])
+        # This is rare, and the old table makes room for what is wanted now.
+        self.metadata.commit(counts=True)
 
-    def _blocks_touched(self, first: int, count: int) -> int:
+    def _table_for(self, clusters: int) -> tuple[int, int]:
+        """(blocks, clusters of the table) that count so many clusters, themselves as well, with
+        half as many entries again to spare."""
         per_block = self.refcounts.per_block
-        return (first + count - 1) // per_block - first // per_block + 1
+        per_cluster = self.cluster_size // 8
+        blocks = table = 1
+        while blocks < (needed := -(-(clusters + blocks + table) // per_block)):
+            blocks, table = needed, -(-needed // per_cluster)
+        table = -(-(blocks + blocks // 2) // per_cluster)
+        while blocks < (needed := -(-(clusters + blocks + table) // per_block)):
+            blocks = needed
+        return blocks, table
 
     # -- giving back -----------------------------------------------------------------------------
 
@@ -377,6 +403,40 @@ class Allocator:
             start = first << self.cluster_bits
             for offset in range(start, start + (count << self.cluster_bits), step):
                 self.l2_cache.drop(offset)
+
+    def drop_empty_blocks(self) -> None:
+        """Give back the refcount blocks that count nothing but, maybe, themselves.
+
+        The block that counts another one may become empty with it, hence the rounds.
+        """
+        while self._drop_some_blocks():
+            self.metadata.commit(counts=True)
+            self.metadata.barrier()
+
+    def _drop_some_blocks(self) -> bool:
+        refcounts = self.refcounts
+        counted_elsewhere: list[Freed] = []
+        dropped = False
+        for index in range(len(refcounts.table)):
+            block = refcounts.block(index)
+            if block is None:
+                continue
+            offset = refcounts.block_offset(index)
+            cluster = offset >> self.cluster_bits
+            counts_itself = cluster // refcounts.per_block == index
+            if refcounts.width.count_used(block) > counts_itself:
+                continue
+            dropped = True
+            refcounts.table[index] = 0
+            place = self.header.refcount_table_offset + index * 8
+            self.metadata.put(Stage.ROOTS, place, bytes(8))
+            if counts_itself:
+                self.overlap.remove(offset, self.cluster_size)
+                refcounts.cache.drop(offset)
+            else:
+                counted_elsewhere.append(Freed(cluster, 1))
+        self.free_later(counted_elsewhere)
+        return dropped
 
     def discard_below(self, host_offset: int, length: int) -> None:
         """The file need not keep these bytes. A hint: its failure changes nothing."""

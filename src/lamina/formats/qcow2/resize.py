@@ -154,6 +154,7 @@ def _shrink(mapping: Qcow2Mapping, size: int) -> None:
     _shrink_l1(mapping, entries)
     mapping.metadata.commit(counts=True)
     mapping.metadata.barrier()
+    mapping.allocator.drop_empty_blocks()
     cut_tail(mapping)
 
 

@@ -155,9 +155,7 @@ class _Planner:
                 continue
             while position < total and not self._is_ours(cluster + position, entries[position]):
                 position += 1
-            count = position - start
-            host = self.mapping.allocator.allocate(count)
-            self._add_run(Run(cluster + start, count, host, is_new=True))
+            self._allocate(cluster + start, position - start)
 
     def _is_ours(self, cluster: int, entry: int) -> bool:
         """There is a host cluster that nobody shares with us. Raises ImageCorrupt."""
@@ -175,6 +173,20 @@ class _Planner:
 
     def _check(self, host_offset: int, count: int) -> None:
         self.mapping.overlap.check(host_offset, count * self.mapping.unit)
+
+    def _allocate(self, cluster: int, count: int) -> None:
+        """New places: right behind those of the clusters before, as far as it is free there."""
+        allocator, runs = self.mapping.allocator, self.write.runs
+        if runs and runs[-1].cluster + runs[-1].clusters == cluster:
+            goal = runs[-1].host_offset + runs[-1].clusters * self.mapping.unit
+            found = allocator.allocate_at(goal, count)
+            if found:
+                self._add_run(Run(cluster, found, goal, is_new=True))
+                cluster += found
+                count -= found
+        if count:
+            host = allocator.allocate(count)
+            self._add_run(Run(cluster, count, host, is_new=True))
 
     def _add_run(self, run: Run) -> None:
         runs, unit = self.write.runs, self.mapping.unit
