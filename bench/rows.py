@@ -184,7 +184,8 @@ def _requests(bench: Workbench, name: str, goal: float) -> Row:
     # A step that is no multiple of the disk's length visits it all over.
     step = 4096 * 7919
     words = ["bench", "-f", format, "-c", "75000", "-d", depth, "-s", "4096", "-S", str(step)]
-    words += ["-w"] if kind == "write" else []
+    # Not zeroes: other rows make their images of this one.
+    words += ["-w", "--pattern", "65"] if kind == "write" else []
     theirs = [THEIRS, *words, "-i", "io_uring", str(image)]
     return Row(name, goal, [OURS, *words, str(image)], theirs)
 

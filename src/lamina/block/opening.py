@@ -81,6 +81,8 @@ class Opener:
         self.locked = locked
         self.check = check
         self.backing = backing
+        self._depth = 0
+        self._nesting = 0
 
     def open(
         self,
@@ -92,6 +94,21 @@ class Opener:
         chain: tuple[str, ...] = (),
     ) -> Node:
         """``options`` are dotted and taken over by the callee; ``chain`` names the overlays."""
+        self._depth += 1
+        try:
+            _make_room(self._depth)
+            return self._open(filename, options, defaults, protocol, chain)
+        finally:
+            self._depth -= 1
+
+    def _open(
+        self,
+        filename: str | None,
+        options: dict[str, Any],
+        defaults: NodeOptions,
+        protocol: bool,
+        chain: tuple[str, ...],
+    ) -> Node:
         if filename is not None and filenames.is_json(filename):
             options = {**filenames.parse_json(filename), **options}
             filename = None
@@ -99,8 +116,8 @@ class Opener:
             # Only names by themselves have prefixes: among options, a name is that of a file.
             options["driver"] = filenames.local_driver(str(options["filename"]))
         name = options.pop("driver", None)
-        if name is not None:
-            return self._open_known(str(name), filename, options, defaults, chain)
+        if isinstance(name, str):
+            return self._open_known(name, filename, options, defaults, chain)
         if protocol:
             name, options = _protocol(filename, options)
             return self._open_driver(name, options, defaults, filename, chain=chain)
@@ -209,7 +226,13 @@ class Opener:
             return self.session.node(str(reference))
         if not below and filename is None:
             raise UsageError(f'A block device must be specified for "{role}"')
-        return self.open(filename, below, defaults, protocol=True, chain=chain)
+        if self._nesting == MAX_NESTING:
+            raise UsageError("The options are nested too deep")
+        self._nesting += 1
+        try:
+            return self.open(filename, below, defaults, protocol=True, chain=chain)
+        finally:
+            self._nesting -= 1
 
 
 class Context:
@@ -230,7 +253,6 @@ class Context:
         self.inspect = opener.inspect
         self.locked = opener.locked or opener.inspect
         self.check = opener.check
-        self.warn = opener.session.warn
         self.image_option = image_option
         self.opened: dict[str, Node] = {}
         self._opener = opener
@@ -300,6 +322,8 @@ class Context:
             if not explicit:
                 return None
             raise UsageError("Must specify either driver or file")
+        if "\0" in filename:
+            raise UsageError(f"The name of the {role} file contains a NUL byte")
         full = filenames.full_backing_filename(relative_to, filename)
         path = filenames.local_file(full)
         storage = filenames.storage(relative_to)
@@ -309,7 +333,6 @@ class Context:
         chain = (*self._chain, _identity(relative_to.filename, own_path))
         if role == "backing" and _identity(full, path) in chain:
             raise UsageError(f"Backing file '{full}' creates an infinite loop.")
-        _make_room(len(chain), filename)
         if driver is not None:
             explicit.setdefault("driver", driver)
             if self._opener.session.policy is not Policy.ALLOW:
@@ -432,17 +455,19 @@ def _close_unused(node: Node) -> None:
 
 MAX_CHAIN = 1000
 """Images, one upon the other. QEMU ends where it runs out of file descriptors, a bit above."""
+MAX_NESTING = 64
+"""Nodes between an image and its storage."""
 _USUAL_CHAIN = 16
 _FRAMES_PER_IMAGE = 32
 
 
-def _make_room(depth: int, name: str) -> None:
+def _make_room(depth: int) -> None:
     """Let Python call as deep as a long backing chain is: opening, reading, closing follow it.
 
     Raises UsageError if the chain is longer than anything sensible.
     """
-    if depth > MAX_CHAIN:
-        raise UsageError(f"The backing chain is too long: '{name}' is number {depth}")
+    if depth > MAX_CHAIN + 1:  # the last image has its storage below it
+        raise UsageError(f"The backing chain is longer than {MAX_CHAIN} images")
     if depth > _USUAL_CHAIN:
         needed = 1000 + depth * _FRAMES_PER_IMAGE
         if sys.getrecursionlimit() < needed:

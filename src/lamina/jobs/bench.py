@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lamina.block.backend import Backend
 
 
+_PREPARED = 4096
+"""Requests."""
+
+
 @dataclass(frozen=True)
 class Settings:
     count: int = 75000
@@ -40,20 +44,25 @@ def bench(disk: Backend, settings: Settings) -> float:
         for _ in range(min(settings.depth, settings.count))
     ]
     move = disk.writev if settings.write else disk.readv
-    batches = Offsets(disk.size, settings)
+    offsets = Offsets(disk.size, settings)
     interval = settings.flush_interval
-    flush_at = interval
-    done = 0
+    depth = settings.depth
+    left = settings.count
     started = time.perf_counter()
-    while done < settings.count:
-        number = min(settings.depth, settings.count - done)
-        if interval:
-            number = min(number, flush_at - done)
-        move(list(zip(batches.take(number), buffers, strict=False)))
-        done += number
-        if interval and done == flush_at:
+    while left:
+        # As many as go between two flushes, or as are worth preparing at once.
+        number = min(interval or max(_PREPARED, depth), left)
+        some = offsets.take(number)
+        if depth == 1:
+            buffer = buffers[0]
+            for offset in some:
+                move([(offset, buffer)])
+        else:
+            for first in range(0, number, depth):
+                move(list(zip(some[first : first + depth], buffers, strict=False)))
+        left -= number
+        if interval and number == interval:
             disk.flush()
-            flush_at += interval
     return time.perf_counter() - started
 
 

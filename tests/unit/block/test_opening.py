@@ -56,7 +56,10 @@ class ToyDriver(Driver):
         if line == b"broken":
             raise UsageError("This toy is broken")
         backing = context.open_named(
-            "backing", line.decode(), driver=driver.decode() or None, relative_to=file
+            "backing",
+            line.decode("utf-8", "surrogateescape"),
+            driver=driver.decode() or None,
+            relative_to=file,
         )
         node = ToyNode(context.node_options, file, 0, None)
         node.attach("file", file)
@@ -281,8 +284,37 @@ def test_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.flush()
     assert node.closed
     monkeypatch.setattr("lamina.block.opening.MAX_CHAIN", 200)
-    with pytest.raises(UsageError, match="The backing chain is too long: '99' is number 201"):
+    with pytest.raises(UsageError, match="The backing chain is longer than 200 images"):
         opened(str(depth), format="toy")
+
+
+def test_nesting_is_bounded() -> None:
+    toy("a")
+    for depth, fits in ((60, True), (200, False), (1000, False)):
+        text = "{'driver':'raw','file':" * depth + "{'driver':'file','filename':'a'}" + "}" * depth
+        if fits:
+            opened("json:" + text).close()
+        else:
+            with pytest.raises(UsageError, match="The options are nested too deep"):
+                opened("json:" + text)
+
+
+NASTY = ["a\0b", "\udcff\udcfe", "x" * 300, "x/" * 5000, "new\nline", "\u202e", "~", "%s%n", "."]
+
+
+@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("policy", Policy)
+def test_nasty_names_are_errors_like_any_other(name: str, policy: Policy) -> None:
+    toy("top")
+    session = Session(None, policy, print)
+    for prefix in ("", "file:", "./"):
+        with pytest.raises(LaminaError):
+            opened(prefix + name, session=session)
+        stored = name.encode("utf-8", "surrogateescape")[:500]
+        Path("top").write_bytes(prefix.encode() + stored + b"|raw\n" + bytes(512))
+        if b"\n" not in stored:
+            with pytest.raises(LaminaError):
+                opened("top", format="toy", session=session)
 
 
 # -- the opening policy ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lamina.tools.arguments import Parsed, parse
@@ -60,8 +60,10 @@ class InFlight:
                 self._running -= 1
                 self._reports.append(report)
                 if self._at_once:
-                    self._print()
-                    sys.stdout.flush()
+                    # Whoever does not listen any more is met by the next command as well.
+                    with suppress(OSError):
+                        self._print()
+                        sys.stdout.flush()
                 self._changed.notify_all()
 
     def report(self) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lamina.tools.io.shell import Shell
 
 _TRUNCATE = (Option("m", "", "mode"),)
+_LONGEST_SLEEP = 1 << 32
+"""Seconds."""
 _SIGNALS = 65
 """How many numbers of signals Linux knows."""
 
@@ -44,7 +46,7 @@ def run_sleep(shell: Shell, arguments: Sequence[str]) -> None:
     milliseconds = c_integer(arguments[0])
     if milliseconds is None or milliseconds < 0:
         raise CommandFailed(f"{arguments[0]} is not a valid number")
-    time.sleep(milliseconds / 1000)
+    time.sleep(min(milliseconds / 1000, _LONGEST_SLEEP))
 
 
 def run_abort(shell: Shell, arguments: Sequence[str]) -> None:

@@ -21,7 +21,6 @@ from lamina.tools.io.transfer import (
     mismatch,
     new_buffer,
     outcome,
-    reason,
     switches,
     timed,
     write_flags,
@@ -84,11 +83,7 @@ def _window_to_verify(given: Parsed, count: int) -> slice:
 def _read(
     shell: Shell, given: Parsed, what: str, offset: int, count: int, window: slice
 ) -> None:
-    backend = shell.backend
-    try:
-        buffer = new_buffer(shell, count)
-    except MemoryError as error:
-        raise CommandFailed(f"{what} failed: {reason(error)}") from None
+    backend, buffer = shell.backend, new_buffer(shell, count)
     seconds = timed(what, lambda: backend.readv([(offset, buffer)]))
     _say_what_was_read(shell, given, offset, buffer, seconds, window)
 

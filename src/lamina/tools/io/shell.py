@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 
 PROMPT = "qemu-io> "
 """Scripts wait for exactly this, whatever the tool is called."""
-
-
 _PATIENCE = 0.05
 """Seconds to wait for requests in flight before looking whether they are suspended."""
 
@@ -98,7 +98,8 @@ class Shell:
 
     def execute(self, line: str) -> None:
         """One command. Raises Quit; everything else that goes wrong is said and remembered."""
-        words = [word for word in line.rstrip("\n").split(" ") if word]
+        # As in C, a line ends at its first zero byte.
+        words = [word for word in line.rstrip("\n").partition("\0")[0].split(" ") if word]
         if not words:
             return
         name, *arguments = words
@@ -133,6 +134,9 @@ class Shell:
         except LaminaError as error:
             self.failed = True
             self.tool.error(error)
+        except MemoryError:
+            self.failed = True
+            self.say(f"{name} failed: {os.strerror(errno.ENOMEM)}\n")
         if self.in_flight is not None:
             self.in_flight.report()
 

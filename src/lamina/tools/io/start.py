@@ -37,10 +37,7 @@ OPTIONS = (
 
 
 def run(arguments: list[str], tool: Tool) -> int:
-    # Like C's: in blocks unless somebody watches, and messages of errors overtake it.
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(write_through=False, line_buffering=sys.stdout.isatty())
+    _prepare_streams()
     try:
         given = parse(arguments, OPTIONS, stop_at=("help", "version"))
     except GetoptError as error:
@@ -75,6 +72,15 @@ def run(arguments: list[str], tool: Tool) -> int:
     finally:
         shell.close()
     return EXIT_FAILURE if shell.failed else EXIT_OK
+
+
+def _prepare_streams() -> None:
+    if hasattr(sys.stdin, "reconfigure"):
+        # File names are bytes: those that are no text pass through unharmed.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Like C's: in blocks unless somebody watches, and messages of errors overtake it.
+        sys.stdout.reconfigure(write_through=False, line_buffering=sys.stdout.isatty())
 
 
 def _how(given: Parsed) -> How:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -59,20 +60,17 @@ def holds_only(buffer: memoryview, byte: int) -> bool:
 # -- requests --------------------------------------------------------------------------------------
 
 
-def reason(error: LaminaError | MemoryError) -> str:
-    """The text of the nearest POSIX error: all that is said of a request that failed."""
-    import errno
-
-    return os.strerror(errno.ENOMEM if isinstance(error, MemoryError) else error.errno)
-
-
 def timed(what: str, request: Callable[[], Any]) -> float:
-    """Seconds that ``request`` took. Raises CommandFailed: ``what failed: …``."""
+    """Seconds that ``request`` took. Raises CommandFailed: ``what failed: …``.
+
+    Only the text of the nearest POSIX error is said of a request that failed.
+    """
     start = time.perf_counter()
     try:
         request()
     except (LaminaError, MemoryError) as error:
-        raise CommandFailed(f"{what} failed: {reason(error)}") from None
+        number = error.errno if isinstance(error, LaminaError) else errno.ENOMEM
+        raise CommandFailed(f"{what} failed: {os.strerror(number)}") from None
     return time.perf_counter() - start
 
 
