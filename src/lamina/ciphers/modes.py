@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from lamina.ciphers.blocks import BlockCipher
+from lamina.ciphers.ivs import plain64
 from lamina.errors import ImageUnsupported
 from lamina.units import SECTOR
 
@@ -112,12 +113,16 @@ class Xts(SectorCipher):
         return tweaks  # type: ignore[no-any-return]
 
 
-class Cbc(SectorCipher):
-    """Decrypting is parallel over all blocks; encrypting is, over sectors."""
+class OneKey(SectorCipher):
+    """Modes that use the whole key for the data."""
 
     def __init__(self, cipher: str, key: bytes, iv: Generator) -> None:
         self._data = BlockCipher(cipher, key)
         super().__init__(iv, self._data.block_size)
+
+
+class Cbc(OneKey):
+    """Decrypting is parallel over all blocks; encrypting is, over sectors."""
 
     def _crypt(
         self, sectors: npt.NDArray[np.uint8], ivs: npt.NDArray[np.uint8], encrypt: bool
@@ -138,12 +143,8 @@ class Cbc(SectorCipher):
             sectors[:, start : start + size] = before
 
 
-class Ctr(SectorCipher):
+class Ctr(OneKey):
     """The vector of a sector counts up (big-endian) from block to block; both ways are the same."""
-
-    def __init__(self, cipher: str, key: bytes, iv: Generator) -> None:
-        self._data = BlockCipher(cipher, key)
-        super().__init__(iv, self._data.block_size)
 
     def _crypt(
         self, sectors: npt.NDArray[np.uint8], ivs: npt.NDArray[np.uint8], encrypt: bool
@@ -162,12 +163,8 @@ class Ctr(SectorCipher):
         np.bitwise_xor(sectors, stream.reshape(sectors.shape), out=sectors)
 
 
-class Ecb(SectorCipher):
+class Ecb(OneKey):
     """Every block on its own; the vector is not used."""
-
-    def __init__(self, cipher: str, key: bytes, iv: Generator) -> None:
-        self._data = BlockCipher(cipher, key)
-        super().__init__(iv, self._data.block_size)
 
     def _crypt(
         self, sectors: npt.NDArray[np.uint8], ivs: npt.NDArray[np.uint8], encrypt: bool
@@ -179,3 +176,12 @@ class Ecb(SectorCipher):
 
 
 MODES = {"xts": Xts, "cbc": Cbc, "ctr": Ctr, "ecb": Ecb}
+
+QCOW_AES_KEY_BYTES = 16
+
+
+def qcow_aes(passphrase: bytes) -> Cbc:
+    """What qcow and older qcow2 images are encrypted with: AES-128 in CBC mode, vectors of plain64;
+    the key is the passphrase itself, cut or padded with zeroes."""
+    key = passphrase[:QCOW_AES_KEY_BYTES].ljust(QCOW_AES_KEY_BYTES, b"\0")
+    return Cbc("aes", key, plain64)

@@ -348,9 +348,8 @@ def _joined(left: Extent, right: Extent) -> Extent | None:
 
 
 def _aes(options: QcowOptions, context: OpenContext) -> Cipher:
-    """AES-128 in CBC mode; the key is the passphrase itself, cut or padded to 16 bytes."""
-    from lamina.ciphers.ivs import plain64
-    from lamina.ciphers.modes import Cbc
+    """Raises UsageError without the secret."""
+    from lamina.ciphers.modes import qcow_aes
 
     if options.encrypt_format not in (None, "aes"):
         raise UsageError(
@@ -362,5 +361,4 @@ def _aes(options: QcowOptions, context: OpenContext) -> Cipher:
         raise UsageError(
             "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"
         )
-    passphrase = context.secrets.lookup(options.encrypt_key_secret)
-    return Cbc("aes", passphrase[:16].ljust(16, b"\0"), plain64)
+    return qcow_aes(context.secrets.lookup(options.encrypt_key_secret))

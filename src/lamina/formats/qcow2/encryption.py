@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lamina.formats.qcow2.options import CreateOptions, Options
 
 FORMATS = {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}
-AES_KEY_BYTES = 16
 
 
 class Encryption:
@@ -126,20 +125,14 @@ def unlock_image(
         )
     passphrase = context.secrets.lookup(options.encrypt_key_secret)
     if actual == "aes":
-        return Encryption(_aes(passphrase), by_host=False)
+        from lamina.ciphers.modes import qcow_aes
+
+        return Encryption(qcow_aes(passphrase), by_host=False)
     from lamina.ciphers.luks.volume import CipherSpec, unlock
 
     luks, storage = luks_header(file, header)
     key, _ = unlock(luks, passphrase, storage.read)
     return Encryption(CipherSpec.of(luks).sectors(key), by_host=True, key=key)
-
-
-def _aes(passphrase: bytes) -> Cipher:
-    """AES-128 in CBC mode; the key is the passphrase itself, cut or padded."""
-    from lamina.ciphers.ivs import plain64
-    from lamina.ciphers.modes import Cbc
-
-    return Cbc("aes", passphrase[:AES_KEY_BYTES].ljust(AES_KEY_BYTES, b"\0"), plain64)
 
 
 # -- creating --------------------------------------------------------------------------------------
