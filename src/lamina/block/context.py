@@ -64,8 +64,12 @@ class CreateContext(Protocol):
     secrets: Secrets
     warn: Callable[[str], None]
 
-    def backing_node(self) -> Node | None:
-        """The backing file of the new image, opened for reading, where one was named and opened."""
+    def backing_node(self, *, needed: bool = False) -> Node | None:
+        """The backing file of the new image, opened for reading, where one was named and opened.
+
+        ``needed``: open it although the user said not to look at it, since the image says more of
+        it than its name. Raises what opening it raises.
+        """
 
     def create_beside(self, filename: str, size: int) -> Node:
         """Create and open another file that the new image consists of (data file, extent)."""

@@ -18,6 +18,7 @@ _FORMATS = {
     "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
+    "vmdk": "lamina.formats.vmdk:DRIVER",
 }
 
 _PROTOCOLS = {

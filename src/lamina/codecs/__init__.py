@@ -23,6 +23,7 @@ Decoder = Callable[[Data, int], bytes | bytearray]
 Encoder = Callable[[Data], bytes]
 
 _MODULES = {
+    "grain": "lamina.codecs.grain",
     "zlib": "lamina.codecs.deflate",
     "zstd": "lamina.codecs.zstd",
 }
