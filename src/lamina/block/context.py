@@ -55,6 +55,11 @@ class OpenContext(Protocol):
         ``backing=null`` or only inspects. Raises Refused, or what opening raises.
         """
 
+    def create_part(self, role: str, filename: str, *, relative_to: Node) -> Node:
+        """Create and open another local file that an open image is to consist of, and is going to
+        name: for images that grow. Passes the opening policy; raises StorageError (EEXIST) where
+        there is such a file."""
+
 
 class CreateContext(Protocol):
     """Handed to ``Driver.create``, ``create_file`` and ``measure``."""

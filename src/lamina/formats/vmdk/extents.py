@@ -64,6 +64,9 @@ class VmdkExtent(ABC):
     def discard(self, offset: int, length: int) -> None:
         """Whole grains."""
 
+    def finish(self) -> None:
+        """Last words, if anything was written, when everything is durable."""
+
     def check_writable(self) -> None:
         """Raises Refused if no disk with this extent can be written."""
 

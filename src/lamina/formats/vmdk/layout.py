@@ -17,6 +17,8 @@ from lamina.units import GIB, SECTOR
 MAGIC = b"KDMV"
 _HEADER = struct.Struct("<4sIIQQQQIQQQB4sH")
 HEADER_SIZE = SECTOR
+HEADER_FIELDS = _HEADER.size
+"""Bytes of the header that mean something."""
 DIRECTORY_FIELD = 56
 """Where in the header the place of the grain directory is."""
 UNCLEAN_FIELD = 72

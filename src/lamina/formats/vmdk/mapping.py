@@ -39,7 +39,7 @@ class VmdkMapping(Mapping):
     def __init__(self, disk: Disk, context: OpenContext) -> None:
         self.disk = disk
         self.file: Node = disk.file
-        self.warn = context.warn
+        self.context = context
         self.source = Source(self.file)
         self.descriptor: Descriptor = self.source.descriptor
         self.metadata = Metadata(self.file)
@@ -184,7 +184,7 @@ class VmdkMapping(Mapping):
         except StorageError as error:
             reservation.abort()
             if error.structure == "allocated grain":
-                self.warn("error: Could not write to allocated cluster for streamOptimized")
+                self.context.warn("error: Could not write to allocated cluster for streamOptimized")
             raise
         except BaseException:
             reservation.abort()
@@ -242,6 +242,6 @@ class VmdkMapping(Mapping):
         if not self._changed:
             return
         for extent in self.extents:
-            if isinstance(extent, StreamExtent) and extent.writable:
+            if extent.writable:
                 extent.finish()
         self._changed = False

@@ -6,8 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lamina.block.driver import Measurement
-from lamina.formats.vmdk.create import MAX_EXTENT, STREAM, check_options, sparse_header
-from lamina.formats.vmdk.create import stream_header
+from lamina.formats.vmdk.create import (
+    MAX_EXTENT,
+    STREAM,
+    check_options,
+    sparse_header,
+    stream_header,
+)
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN, TABLE_ENTRIES
 from lamina.units import SECTOR, round_up
 

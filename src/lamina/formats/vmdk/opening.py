@@ -102,7 +102,7 @@ def open_extents(
             node = context.open_named(role, line.name, driver=None, relative_to=disk, part=True)
             if node is not None:
                 disk.attach(role, node)
-        extent = _extent(start, line, node, metadata, writable, backed)
+        extent = extent_of_line(start, line, node, metadata, writable=writable, backed=backed)
         extents.append(extent)
         start = extent.end
     for extent in extents[:-1]:
@@ -110,14 +110,16 @@ def open_extents(
     return extents
 
 
-def _extent(
+def extent_of_line(
     start: int,
     line: ExtentLine,
     node: Node | None,
     metadata: Metadata,
+    *,
     writable: bool,
     backed: bool,
 ) -> VmdkExtent:
+    """``node``: the file that the line names, opened. Raises ImageCorrupt, ImageUnsupported."""
     if line.type == ZERO:
         return ZeroExtent(start, line.length)
     if node is None:

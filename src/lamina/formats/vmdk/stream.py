@@ -15,7 +15,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-
 from lamina.engine.metadata import Stage
 from lamina.formats.vmdk.layout import (
     AT_END,
@@ -32,7 +31,6 @@ from lamina.formats.vmdk.layout import (
 from lamina.formats.vmdk.sparse import DIRECTORY_CHUNK, SparseExtent
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
-
 
 _PLACE = struct.Struct("<Q")
 
