@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.limits import Preallocation, WriteFlags
-from lamina.block.node import WriteRequest
+from lamina.block.node import NodeOptions, WriteRequest
 from lamina.testing.memory import MemoryFile
 
 if TYPE_CHECKING:
@@ -41,20 +41,36 @@ class Step(NamedTuple):
     offset: int
     """Of the write; or the new length."""
     data: bytes | None
+    file: int = 0
+    """Which of the files that share the journal."""
+
+
+class Flush(NamedTuple):
+    """Another entry: what was written to this file before is durable."""
+
+    file: int = 0
 
 
 class CrashFile(MemoryFile):
     """A memory file that records what reaches storage, and when it was flushed."""
 
-    def __init__(self, content: bytes = b"") -> None:
-        super().__init__(content)
+    def __init__(
+        self,
+        content: bytes = b"",
+        *,
+        number: int = 0,
+        journal: list[Step | Flush] | None = None,
+        options: NodeOptions | None = None,
+    ) -> None:
+        """Several files may share a ``journal``, each under a ``number`` of its own."""
+        super().__init__(content, options)
         self.initial = bytes(content)
-        self.journal: list[Step | None] = []
-        """None: a flush."""
+        self.number = number
+        self.journal: list[Step | Flush] = [] if journal is None else journal
 
     def _store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         super()._store(offset, data)
-        self.journal.append(Step(offset, bytes(data)))
+        self.journal.append(Step(offset, bytes(data), self.number))
 
     def truncate(
         self,
@@ -65,11 +81,11 @@ class CrashFile(MemoryFile):
         zeroed: bool = False,
     ) -> None:
         super().truncate(size, preallocation, exact=exact, zeroed=zeroed)
-        self.journal.append(Step(size, None))
+        self.journal.append(Step(size, None, self.number))
 
     def _flush(self) -> None:
         super()._flush()
-        self.journal.append(None)
+        self.journal.append(Flush(self.number))
 
 
 class GuestOperation(NamedTuple):
@@ -129,13 +145,19 @@ class GuestLog:
 
 
 class PowerCut(NamedTuple):
-    """One possible state of the file."""
+    """One possible state of the file, or files."""
 
     at: int
     """So many entries of the journal had begun."""
     outcome: str
-    content: bytes
+    contents: list[bytes]
     guest: GuestLog
+
+    @property
+    def content(self) -> bytes:
+        """Of the only file."""
+        (content,) = self.contents
+        return content
 
     def verify(self, found: bytes) -> None:
         """``found``, the guest's disk as it reads now, is allowed. Raises AssertionError."""
@@ -175,19 +197,43 @@ def power_cuts(
     ``initial`` is the file before, ``guest_content`` what the disk in it reads as; ``subsets`` is
     how many random outcomes each moment gets beside the systematic ones.
     """
-    file = CrashFile(initial)
-    guest = GuestLog(file, guest_content)
-    workload(file, guest)
+    yield from power_cuts_of_files(
+        lambda files, guest: workload(files[0], guest),
+        initial=[initial],
+        guest_content=guest_content,
+        seed=seed,
+        subsets=subsets,
+    )
+
+
+def power_cuts_of_files(
+    workload: Callable[[list[CrashFile], GuestLog], None],
+    *,
+    initial: Sequence[bytes],
+    guest_content: bytes,
+    seed: int = 0,
+    subsets: int = 2,
+) -> Iterator[PowerCut]:
+    """The same for an image of several files: a flush of one says nothing of the others."""
+    journal: list[Step | Flush] = []
+    files = [
+        CrashFile(content, number=number, journal=journal)
+        for number, content in enumerate(initial)
+    ]
+    guest = GuestLog(files[0], guest_content)
+    workload(files, guest)
     rng = random.Random(seed)
-    durable = bytearray(initial)
+    durable = [bytearray(content) for content in initial]
     pending: list[Step] = []
-    for at, entry in enumerate([*file.journal, None]):
-        if entry is None:
+    everything = [Flush(number) for number in range(len(files))]
+    for at, entry in enumerate([*journal, *everything]):
+        if isinstance(entry, Flush):
             for outcome, steps in _outcomes(pending, rng, subsets):
                 yield PowerCut(at, outcome, _apply(durable, steps), guest)
             for step in pending:
-                _carry_out(durable, step)
-            pending = []
+                if step.file == entry.file:
+                    _carry_out(durable[step.file], step)
+            pending = [step for step in pending if step.file != entry.file]
             continue
         pending.append(entry)
         # Dropping everything is the same state until the next flush.
@@ -229,16 +275,17 @@ def _torn(step: Step, rng: random.Random) -> list[Step]:
     while start < end:
         stop = min(start // SECTOR * SECTOR + SECTOR, end)
         if rng.random() < 0.5:
-            parts.append(Step(start, step.data[start - step.offset : stop - step.offset]))
+            data = step.data[start - step.offset : stop - step.offset]
+            parts.append(Step(start, data, step.file))
         start = stop
     return parts
 
 
-def _apply(durable: bytearray, steps: Sequence[Step]) -> bytes:
-    content = bytearray(durable)
+def _apply(durable: Sequence[bytearray], steps: Sequence[Step]) -> list[bytes]:
+    contents = [bytearray(content) for content in durable]
     for step in steps:
-        _carry_out(content, step)
-    return bytes(content)
+        _carry_out(contents[step.file], step)
+    return [bytes(content) for content in contents]
 
 
 def _carry_out(content: bytearray, step: Step) -> None:
