@@ -45,12 +45,14 @@ class OpenContext(Protocol):
         takes is refused."""
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node
+        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
     ) -> Node | None:
         """Open what an image *names* (backing file, data file, extent): passes the opening policy.
 
-        ``filename`` as stored; ``driver`` as stored or None to probe. None is returned where the
-        user said ``backing=null`` or only inspects. Raises Refused, or what opening raises.
+        ``filename`` as stored; ``driver`` as stored or None to probe. ``part``: the name is that of
+        a local file without which the image says nothing of itself, so it is opened by those who
+        inspect as well, unless their policy denies everything. None is returned where the user said
+        ``backing=null`` or only inspects. Raises Refused, or what opening raises.
         """
 
 

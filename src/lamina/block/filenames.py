@@ -69,7 +69,12 @@ def local_options(path: str) -> dict[str, Any]:
 def plain_file(filename: str) -> str:
     """The path in ``file:path``, in a form that nobody takes for a name with a prefix."""
     path = filename.removeprefix("file:")
-    return f"./{path}" if path != filename and protocol_prefix(path) is not None else path
+    return plain_name(path) if path != filename else path
+
+
+def plain_name(path: str) -> str:
+    """A path in a form that nobody takes for a name with a prefix."""
+    return f"./{path}" if protocol_prefix(path) is not None else path
 
 
 def protocol_name(filename: str) -> str:

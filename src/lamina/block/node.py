@@ -198,6 +198,14 @@ class Node(ABC):
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Where these bytes are, in order, without gaps; this layer only (``Kind.BELOW``)."""
 
+    @property
+    def fixed(self) -> bool:
+        """Formats: every byte has its place in a file from the start, whose holes read as zeroes.
+
+        (Not for those whose ``extents`` are those of the file.)
+        """
+        return False
+
     def uses_more_than(self, length: int) -> bool:
         """Formats: whether more bytes than this of ``file`` are in use, as far as is known."""
         return self.file.size > length

@@ -283,15 +283,19 @@ class Context:
         return _take(self._rest, prefix)
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node
+        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
     ) -> Node | None:
         if self._rest.get(role, "") is None:
             del self._rest[role]
             return None
-        if role in self._rest and not self._opener.inspect:
+        inspecting = self._opener.inspect
+        if part:
+            inspecting &= self._opener.session.policy is Policy.DENY
+            filename = filenames.plain_name(filename)
+        if role in self._rest and not inspecting:
             reference = self._rest.pop(role)
             return self._prefixed(role, lambda: self._opener.session.node(str(reference)))
-        if self._opener.inspect or (role == "backing" and not self._opener.backing):
+        if inspecting or (role == "backing" and not self._opener.backing):
             return None
         explicit = _take(self._rest, f"{role}.")
         node = self._prefixed(

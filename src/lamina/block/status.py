@@ -130,12 +130,15 @@ def _may_lie_in_holes(layer: Node) -> bool:
     """Whether the file of an image has so many holes that its data may lie in some.
 
     Asking a file for its holes is slow on some file systems, and in vain unless metadata was
-    preallocated: so do it only if a tenth of what the image uses is not really there.
+    preallocated: so do it only if a tenth of what the image uses is not really there, or if the
+    format knows nothing of zeroes itself.
     """
     node = layer.unfiltered
     if node not in _answers:
         try:
-            _answers[node] = node.is_format and "file" in node.children and _is_sparse(node)
+            _answers[node] = node.fixed or (
+                node.is_format and "file" in node.children and _is_sparse(node)
+            )
         except LaminaError:
             return False
     return _answers[node]

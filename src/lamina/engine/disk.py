@@ -107,7 +107,11 @@ class Disk(Node):
 
     @property
     def supports_compressed_writes(self) -> bool:
-        return self.mapping.encoded_unit > 0
+        return self.mapping.encoded_unit > 0 or self.mapping.stores_compressed_plain
+
+    @property
+    def fixed(self) -> bool:
+        return self.mapping.fixed
 
     def info(self) -> NodeInfo:
         with self.lock:
@@ -154,9 +158,12 @@ class Disk(Node):
             self.flush()
 
     def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
-        if not self.mapping.encoded_unit:
+        if self.mapping.encoded_unit:
+            self.writer.write_compressed(requests)
+        elif self.mapping.stores_compressed_plain:
+            self.writer.write(requests)
+        else:
             raise ImageUnsupported("Compression not supported for this file format")
-        self.writer.write_compressed(requests)
 
     def write_zeroes(
         self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE

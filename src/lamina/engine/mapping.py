@@ -94,6 +94,14 @@ class Mapping(ABC):
     """Bytes of a unit that ``reserve_encoded`` takes; 0: the format has no compressed writes."""
     codec: str = ""
     """Which codec compressed writes use."""
+    encodes_always: bool = False
+    """Units are stored compressed and in no other way: every write is one of whole units, and what
+    does not shrink is stored all the same."""
+    stores_compressed_plain: bool = False
+    """Compressed writes are taken, but what they bring is stored as it is."""
+    fixed: bool = False
+    """Every guest byte has a place of its own from the start: the holes of the files are all that
+    is known of zeroes."""
     vmstate_offset: int = 0
     """Guest offset behind the disk where VM state is kept; 0: nowhere."""
     request_alignment: int = 1
@@ -147,6 +155,11 @@ class Mapping(ABC):
         """Places for encoded units (guest offset, encoded bytes). One piece per unit, in order;
         its ``length`` is the encoded one. Committing replaces whatever the unit held."""
         raise ImageUnsupported("Compression not supported for this file format")
+
+    def framed(self, offset: int, encoded: bytes) -> bytes:
+        """What is stored of the encoded unit at this guest offset: for formats that put something
+        around it. Called without the disk's lock."""
+        return encoded
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         """Whole units read as zeroes from now on, by tables alone. Ends at a multiple of ``unit``.

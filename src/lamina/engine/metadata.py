@@ -35,7 +35,7 @@ from lamina.engine.locks import Pins
 from lamina.errors import LaminaError
 
 if TYPE_CHECKING:
-    from lamina.block.node import Node
+    from lamina.block.node import Node, WriteRequest
 
 
 class Stage(enum.IntEnum):
@@ -55,6 +55,8 @@ class DirtyWrite(NamedTuple):
     data: bytes | bytearray | memoryview
     event: str
     """What the file is told before it is written (``Node.event``)."""
+    node: Node | None = None
+    """Which file of an image that has several; None: the one that all images have."""
 
 
 class Source(Protocol):
@@ -81,7 +83,11 @@ class Source(Protocol):
 
 
 class Metadata:
-    """The dirty metadata of one image, and the order in which it is written."""
+    """The dirty metadata of one image, and the order in which it is written.
+
+    An image may keep its tables in several files: a stage is written to all of them, and the flush
+    between two stages is one of every file that was written.
+    """
 
     def __init__(self, file: Node, *, limit: int = 8 << 20) -> None:
         """``limit``: dirty bytes that ``relieve`` tolerates."""
@@ -92,8 +98,8 @@ class Metadata:
         format has marked the image so that the counts are rebuilt after a crash."""
         self.pins = Pins()
         """Reads in flight; the disk puts its own here."""
-        self._puts = Puts()
-        self.sources: list[Source] = [self._puts]
+        self._puts: dict[Node, Puts] = {file: Puts()}
+        self.sources: list[Source] = [self._puts[file]]
         self._callbacks: list[tuple[int, Callable[[], None]]] = []
         self._generation = 0
         self._unflushed: dict[int, Node] = {}
@@ -107,16 +113,26 @@ class Metadata:
         data: bytes | bytearray | memoryview,
         *,
         event: str = "",
+        node: Node | None = None,
     ) -> None:
-        """Have ``data`` (copied) written at ``host_offset`` of the file by the next commit.
+        """Have ``data`` (copied) written at ``host_offset`` of the file (or of ``node``) by the
+        next commit.
 
         Puts of one stage may overlap: later ones win.
         """
-        self._puts.put(stage, host_offset, data, event)
+        self._puts_of(node).put(stage, host_offset, data, event)
 
-    def forget(self, host_offset: int, length: int) -> None:
+    def forget(self, host_offset: int, length: int, *, node: Node | None = None) -> None:
         """Puts that lie wholly in this range are pointless now: its space is being given back."""
-        self._puts.forget(host_offset, length)
+        self._puts_of(node).forget(host_offset, length)
+
+    def _puts_of(self, node: Node | None) -> Puts:
+        node = node or self.file
+        puts = self._puts.get(node)
+        if puts is None:
+            puts = self._puts[node] = Puts(node)
+            self.register(puts)
+        return puts
 
     def register(self, source: Source) -> None:
         """Commits ask ``source`` as well. Its ``name`` is reported in order of registration."""
@@ -186,8 +202,12 @@ class Metadata:
         for event in dict.fromkeys(write.event for write in writes if write.event):
             self.file.event(event)
         writes.sort(key=_host_offset)
-        self._unflushed[id(self.file)] = self.file
-        self.file.writev([(write.host_offset, write.data) for write in writes])
+        batches: dict[Node, list[WriteRequest]] = {}
+        for write in writes:
+            batches.setdefault(write.node or self.file, []).append((write.host_offset, write.data))
+        for node, batch in batches.items():
+            self._unflushed[id(node)] = node
+            node.writev(batch)
         self._generation += 1
         for source in sources:
             source.written(stage, self._generation)
@@ -263,11 +283,13 @@ class Metadata:
 
 
 class Puts:
-    """Single writes, kept as copies, by stage and offset; without overlaps."""
+    """Single writes to one file, kept as copies, by stage and offset; without overlaps."""
 
     name = ""
 
-    def __init__(self) -> None:
+    def __init__(self, node: Node | None = None) -> None:
+        """``node``: None for the file that all images have."""
+        self._node = node
         self._offsets: dict[Stage, list[int]] = {stage: [] for stage in Stage}
         self._writes: dict[Stage, dict[int, DirtyWrite]] = {stage: {} for stage in Stage}
         self._unsettled: list[tuple[int, Stage, list[DirtyWrite]]] = []
@@ -294,7 +316,7 @@ class Puts:
             # Parts that no write covers cannot exist: what overlaps the new write adjoins it.
             offset, data = start, merged
         offsets[first:last] = [offset]
-        writes[offset] = DirtyWrite(offset, bytes(data), event)
+        writes[offset] = DirtyWrite(offset, bytes(data), event, self._node)
         self.dirty_bytes += len(data)
 
     def forget(self, offset: int, length: int) -> None:
@@ -333,7 +355,7 @@ class Puts:
             self._writes[stage], self._offsets[stage] = {}, []
             self.dirty_bytes -= sum(len(write.data) for write in newer.values())
             for write in (*writes, *(newer[offset] for offset in offsets)):
-                self.put(stage, *write)
+                self.put(stage, write.host_offset, write.data, write.event)
 
 
 def _host_offset(write: DirtyWrite) -> int:

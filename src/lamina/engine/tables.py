@@ -39,7 +39,8 @@ class TableCache:
         """``table_bytes``: the usual size of a table; ``capacity``: bytes kept while clean.
 
         ``stage``: of changes that name none. ``name``: for the report of a failed close ("L2 table
-        cache"). The events are told to the file before tables are read or written.
+        cache"). The events are told to the file before tables are read or written. ``node``: the
+        file that holds the tables, if it is not that of ``metadata``.
         """
         self.metadata = metadata
         self.node = metadata.file if node is None else node
@@ -185,7 +186,8 @@ class TableCache:
             table = memoryview(self._tables[host_offset])
             for start, end in _runs(mask):
                 part = table[start * self.grain : end * self.grain]
-                writes.append(DirtyWrite(host_offset + start * self.grain, part, self.store_event))
+                place = host_offset + start * self.grain
+                writes.append(DirtyWrite(place, part, self.store_event, self.node))
         return writes
 
     def written(self, stage: Stage, generation: int) -> None:

@@ -13,6 +13,7 @@ written. A batch whose places are all allocated already is one write and nothing
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,11 @@ class Writer:
     # -- plain writes ----------------------------------------------------------------------------
 
     def write(self, requests: Sequence[WriteRequest]) -> None:
-        unit = self.disk.mapping.unit
+        mapping = self.disk.mapping
+        if mapping.encodes_always:
+            self.write_compressed(requests)
+            return
+        unit = mapping.unit
         if len(requests) == 1:
             offset, data = requests[0]
             end = offset + len(data)
@@ -205,7 +210,10 @@ class Writer:
     # -- compressed writes -----------------------------------------------------------------------
 
     def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
-        """Whole units; those that do not shrink are stored plain. Raises StorageError (EINVAL)."""
+        """Whole units; those that do not shrink are stored plain where the format has that.
+
+        Raises StorageError (EINVAL).
+        """
         mapping = self.disk.mapping
         unit = mapping.encoded_unit
         units: list[WriteRequest] = []
@@ -231,17 +239,16 @@ class Writer:
             offset, data = unit
             if len(data) < mapping.encoded_unit:
                 data = bytes(data).ljust(mapping.encoded_unit, b"\0")
-            results[offset] = encode(data)
+            results[offset] = mapping.framed(offset, encode(data))
 
         run_all(encode_unit, units)
+        longest = sys.maxsize if mapping.encodes_always else mapping.encoded_unit - 1
         shrunk = [
-            (offset, results[offset])
-            for offset, _ in units
-            if len(results[offset]) < mapping.encoded_unit
+            (offset, results[offset]) for offset, _ in units if len(results[offset]) <= longest
         ]
         if shrunk:
             self._write_encoded(shrunk)
-        plain = [unit for unit in units if len(results[unit[0]]) >= mapping.encoded_unit]
+        plain = [unit for unit in units if len(results[unit[0]]) > longest]
         if plain:
             self.write(plain)
 

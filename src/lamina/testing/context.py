@@ -47,6 +47,6 @@ class NodesContext:
         return {}
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node
+        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
     ) -> Node | None:
         return self._children.get(role)

@@ -272,3 +272,43 @@ def test_a_callback_that_fails_does_not_stop_the_others_for_good() -> None:
         metadata.commit()
     metadata.commit()
     assert called == [1, 2]
+
+
+def test_stages_span_all_files_of_an_image() -> None:
+    file, metadata = make()
+    other = CrashFile(bytes(1 << 16))
+    order: list[str] = []
+
+    def watch(name: str, watched: CrashFile) -> None:
+        watched.hook = lambda what, offset, length: order.append(f"{name} {what} {offset}")
+
+    watch("file", file)
+    watch("other", other)
+    tables = TableCache(metadata, table_bytes=512, capacity=4096, stage=Stage.TABLES, node=other)
+    tables.new(1024)
+    metadata.put(Stage.ROOTS, 7, b"x")
+    metadata.put(Stage.ROOTS, 7, b"y", node=other)
+    metadata.commit()
+    assert order == ["other write 1024", "other flush 0", "file write 7", "other write 7"]
+    metadata.put(Stage.FREES, 9, b"z", node=other)
+    metadata.forget(9, 1)
+    order.clear()
+    metadata.commit()
+    assert order == ["file flush 0", "other flush 0", "other write 9"]
+    metadata.put(Stage.FREES, 9, b"z", node=other)
+    metadata.forget(9, 1, node=other)
+    assert not metadata.dirty
+
+
+def test_a_failed_flush_of_one_file_makes_all_dirty_again() -> None:
+    file, metadata = make()
+    other = CrashFile(bytes(1 << 16))
+    metadata.put(Stage.TABLES, 0, b"t", node=other)
+    metadata.put(Stage.ROOTS, 0, b"r")
+    failing(other, "flush")
+    with pytest.raises(StorageError):
+        metadata.commit()
+    assert metadata.dirty_bytes == 2
+    metadata.commit()
+    assert journal(other) == [0, "flush", 0, "flush"]
+    assert journal(file) == [0]
