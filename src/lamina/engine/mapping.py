@@ -151,7 +151,8 @@ class Mapping(ABC):
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         """Whole units read as zeroes from now on, by tables alone. Ends at a multiple of ``unit``.
 
-        False: this format cannot say it for this range; the engine writes zeroes instead.
+        False: this format cannot say it for this range; the engine has the storage zero whatever
+        does not read as zeroes by then.
         """
         return False
 

@@ -13,7 +13,7 @@ written. A batch whose places are all allocated already is one write and nothing
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
@@ -27,7 +27,7 @@ from lamina.units import round_down, round_up
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
     from lamina.engine.disk import Disk
-    from lamina.engine.locks import Spans
+    from lamina.engine.locks import Hold, Spans
     from lamina.engine.mapping import Piece, Reservation
 
 TABLE_WORK = 1 << 17
@@ -117,12 +117,23 @@ class Writer:
                 with disk.lock:
                     disk.ranges.release(hold)
             return True
+        pieces = reservation.pieces
+        self._carry_out(
+            hold, reservation, copies, lambda: self._write_pieces(pieces, requests, copies)
+        )
+        return True
+
+    def _carry_out(
+        self, hold: Hold, reservation: Reservation, copies: Copies | None, move: Callable[[], None]
+    ) -> None:
+        """Fill what was reserved, then publish it; the hold ends with it."""
+        disk = self.disk
         done = False
         try:
             if copies is not None and copies.any:
                 copies.read()
                 disk.file.event("cow_write")
-            self._write_pieces(reservation.pieces, requests, copies)
+            move()
             done = True
         finally:
             with disk.lock:
@@ -130,7 +141,6 @@ class Writer:
                     self._conclude(reservation, done)
                 finally:
                     disk.ranges.release(hold)
-        return True
 
     def _write_places(self, places: Sequence[int], requests: Sequence[WriteRequest]) -> None:
         """Requests that have one place each, known to be theirs."""
@@ -346,12 +356,72 @@ class Writer:
         return start >= end or reads_zero(self.disk, start, end - start)
 
     def _zero_slowly(self, start: int, end: int, flags: WriteFlags) -> None:
+        """Where tables cannot say it: in places of their own."""
+        mapping = self.disk.mapping
+        if mapping.request_alignment > 1:
+            # Encrypted zeroes are bytes like any others.
+            self._write_zero_bytes(start, end, flags)
+            return
+        step = max(ROUND // mapping.unit, 1) * mapping.unit
+        inside_backing = self.disk.reader.inside_backing()
+        for extent in self.disk.extents(start, end - start):
+            at, stop = extent.guest_offset, extent.end
+            if extent.kind is Kind.ZERO:
+                continue
+            if extent.kind is Kind.BELOW:
+                stop = min(stop, inside_backing)
+            while at < stop:
+                part = min(round_down(at, mapping.unit) + step, stop)
+                self._zero_places(at, part, flags)
+                at = part
+
+    def _write_zero_bytes(self, start: int, end: int, flags: WriteFlags) -> None:
         if flags & WriteFlags.NO_FALLBACK:
             raise ImageUnsupported("Operation not supported")
         # Not by way of the node: an aligner there may hold the range for this very request.
         zeroes = memoryview(bytes(min(end - start, ZEROES_AT_ONCE)))
         for offset in range(start, end, ZEROES_AT_ONCE):
             self.write([(offset, zeroes[: min(ZEROES_AT_ONCE, end - offset)])])
+
+    def _zero_places(self, start: int, end: int, flags: WriteFlags) -> None:
+        """As a write would, but the storage makes the zeroes where the bytes are or will be."""
+        disk = self.disk
+        unit = disk.mapping.unit
+        with disk.lock:
+            hold = disk.ranges.acquire(
+                [(round_down(start, unit), round_up(end, unit))], writing=True
+            )
+            try:
+                self.open_gate()
+                reservation = disk.mapping.reserve([(start, end - start)])
+                copies = self._plan_copies(reservation)
+                if copies is None:
+                    disk.ranges.share(hold)
+                elif copies.any and flags & WriteFlags.NO_FALLBACK:
+                    reservation.abort()
+                    raise ImageUnsupported("Operation not supported")
+            except BaseException:
+                disk.ranges.release(hold)
+                raise
+        pieces = reservation.pieces
+        self._carry_out(hold, reservation, copies, lambda: self._zero_pieces(pieces, copies, flags))
+
+    def _zero_pieces(
+        self, pieces: Sequence[Piece], copies: Copies | None, flags: WriteFlags
+    ) -> None:
+        """Copies as data; nothing at all where a place is there and reads as zeroes already."""
+        batches: dict[Node, list[WriteRequest]] = {}
+        for number, piece in enumerate(pieces):
+            head, tail = copies.of(number) if copies is not None else ((), ())
+            batch = batches.setdefault(piece.node, [])
+            batch += place(piece.host_offset - piece.copy_head, head)
+            batch += place(piece.host_offset + piece.length, tail)
+        self._send(batches)
+        for piece in pieces:
+            end = piece.host_offset + piece.length
+            if not piece.reads_zero or end > piece.node.size:
+                self.disk.file.event("write_aio")
+                piece.node.write_zeroes(piece.host_offset, piece.length, flags & ~WriteFlags.FUA)
 
     def erase(self, start: int, end: int) -> None:
         """Zeroes over the data that this layer has there; what it has not stays below."""
