@@ -142,7 +142,8 @@ class _Handshake:
             else:
                 yield from self._query_contexts(number, data)
         except Malformed as error:
-            yield from self._refuse(number, nbd.REP_ERR_INVALID, str(error))
+            message = f"{error} in option {nbd.OPTION_NAMES[number]}"
+            yield from self._refuse(number, nbd.REP_ERR_INVALID, message)
         return None
 
     def _refuse(self, number: int, kind: int, message: str, skip: int = 0) -> Negotiation[None]:
@@ -213,7 +214,7 @@ class _Handshake:
         answers = []
         if nbd.INFO_NAME in request.wanted:
             answers.append(messages.pack_info_text(nbd.INFO_NAME, export.name))
-        if nbd.INFO_DESCRIPTION in request.wanted and export.text:
+        if export.text:
             answers.append(messages.pack_info_text(nbd.INFO_DESCRIPTION, export.text))
         answers.append(messages.pack_info_block_size(export.sizes))
         answers.append(messages.pack_info_export(export.size, agreed.export.flags))
@@ -230,19 +231,16 @@ class _Handshake:
         return agreed if number == nbd.OPT_GO else None
 
     def _query_contexts(self, number: int, data: bytes) -> Negotiation[None]:
-        if number == nbd.OPT_SET_META_CONTEXT:
+        selecting = number == nbd.OPT_SET_META_CONTEXT
+        if selecting:
             self._contexts = {}
-        if self._style is Style.SIMPLE:
-            raise Malformed(
-                f"request option '{nbd.OPTION_NAMES[number]}' when structured reply "
-                "is not negotiated"
-            )
+            if self._style is Style.SIMPLE:
+                raise Malformed("Structured replies have to be negotiated first")
         request = messages.unpack_query_request(data)
         export = self._exports.find(request.export)
         if export is None:
             yield from self._unknown(number, request.export)
             return
-        selecting = number == nbd.OPT_SET_META_CONTEXT
         chosen = [
             (index, name)
             for index, name in enumerate(export.contexts)
