@@ -167,9 +167,12 @@ class Metadata:
         if lazy:
             self._run_callbacks()
 
-    def write_counts(self) -> None:
-        """The first stage of a commit, ahead of the flush that makes data durable as well."""
-        if not self.lazy_counts:
+    def write_counts(self, even_lazy: bool = False) -> None:
+        """The first stage of a commit, ahead of the flush that makes data durable as well.
+
+        ``even_lazy``: although counts may wait, these are worth having after a crash.
+        """
+        if even_lazy or not self.lazy_counts:
             self._write_stage(Stage.COUNTS)
 
     def _write_stage(self, stage: Stage) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
+from lamina.formats.qcow2.options import AmendOptions as Qcow2AmendOptions
 from lamina.formats.qcow2.options import CreateOptions as Qcow2CreateOptions
 from lamina.formats.qcow2.options import Options as Qcow2Options
 
@@ -21,6 +22,7 @@ class Qcow2Driver(Driver):
     name = "qcow2"
     Options = Qcow2Options
     CreateOptions = Qcow2CreateOptions
+    AmendOptions = Qcow2AmendOptions
     is_format = True
     supports_backing = True
     supports_compression = True
@@ -69,6 +71,20 @@ class Qcow2Driver(Driver):
 
         with _exclusive(node) as mapping:
             make_empty(mapping)
+
+    def amend(
+        self,
+        node: Node,
+        options: Qcow2AmendOptions,
+        progress: Callable[[float], None],
+        *,
+        force: bool,
+    ) -> None:
+        from lamina.engine.disk import Disk
+        from lamina.formats.qcow2.amend import amend
+
+        assert isinstance(node, Disk)
+        amend(node, options, progress, force=force)
 
     def create_snapshot(self, node: Node, snapshot: SnapshotInfo) -> None:
         from lamina.formats.qcow2.snapshotting import create

@@ -14,10 +14,12 @@ from lamina.formats.qcow2.layout import (
     INCOMPAT_CORRUPT,
     INCOMPAT_DIRTY,
     MAX_BACKING_NAME,
+    Header,
 )
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:
+    from lamina.block.node import Node
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 
@@ -91,16 +93,45 @@ def write_features(mapping: Qcow2Mapping) -> None:
 def rewrite(mapping: Qcow2Mapping) -> None:
     """Write the whole header cluster anew, extensions and names included. Durable on return.
 
+    A power cut leaves the old header or the new one: storage writes a sector as a whole, and the
+    sectors behind the first are changed only while the header that stands does not reach there.
     Raises ImageUnsupported (ENOSPC) if it does not fit, before anything was written.
     """
     packed = mapping.header.pack()
     metadata = mapping.metadata
     metadata.commit(counts=True)
     metadata.barrier()
-    # One write, and zeroes over whatever was there before.
-    room = min(round_up(len(packed) + 4096, SECTOR), mapping.header.cluster_size)
-    mapping.file.writev([(0, packed.ljust(room, b"\0"))])
-    mapping.file.flush()
+    file, unit = mapping.file, mapping.header.cluster_size
+    old = file.read(0, min(file.size, unit)).rstrip(b"\0")
+    # Zeroes over whatever was there before.
+    room = min(round_up(max(len(packed), len(old)), SECTOR), unit)
+    first, rest = packed[:SECTOR].ljust(SECTOR, b"\0"), packed[SECTOR:].ljust(room - SECTOR, b"\0")
+    if rest == old[SECTOR:].ljust(room - SECTOR, b"\0"):
+        _put(file, 0, first)
+        return
+    if len(old) > SECTOR and len(packed) > SECTOR:
+        old = _shortened(file, old)
+    if len(old) > SECTOR:
+        _put(file, 0, first)
+        _put(file, SECTOR, rest)
+    else:
+        _put(file, SECTOR, rest)
+        _put(file, 0, first)
+
+
+def _shortened(file: Node, old: bytes) -> bytes:
+    """Let the header in the file do without names of features, so that one sector is enough for it,
+    and return what it is now; as it was, if not even that suffices."""
+    short = Header.parse(old, check=True).pack(feature_names=False)
+    if len(short) > SECTOR:
+        return old
+    _put(file, 0, short.ljust(SECTOR, b"\0"))
+    return short
+
+
+def _put(file: Node, offset: int, data: bytes) -> None:
+    file.writev([(offset, data)])
+    file.flush()
 
 
 def change_backing_file(

@@ -147,6 +147,9 @@ class Tables:
         old = self.table_offset(l1_index)
         allocator = self.allocator()
         offset = allocator.allocate_table(1, "L2 table")
+        if self.metadata.lazy_counts:
+            # Few of these clusters carry the whole disk: whoever repairs it shall know of them.
+            self.metadata.write_counts(even_lazy=True)
         try:
             content = self._whole_table(old) if old else bytearray(self.header.cluster_size)
         except BaseException:

@@ -481,12 +481,15 @@ class Header:
 
     # -- writing -----------------------------------------------------------------------------
 
-    def pack(self) -> bytes:
+    def pack(self, *, feature_names: bool = True) -> bytes:
         """The header cluster's content, without padding behind it.
 
+        ``feature_names``: with the table that tells other programs what the feature bits are.
         Raises ImageUnsupported (ENOSPC) if extensions and the backing file's name do not fit.
         """
-        extensions = b"".join(_pack_extension(t, data) for t, data in self._to_extensions())
+        extensions = b"".join(
+            _pack_extension(t, data) for t, data in self._to_extensions(feature_names)
+        )
         extensions += _pack_extension(EXT_END, b"")
         name = b"" if self.backing_file is None else _bytes(self.backing_file)
         name_offset = self.header_length + len(extensions)
@@ -524,7 +527,7 @@ class Header:
             )
         return packed
 
-    def _to_extensions(self) -> list[tuple[int, bytes]]:
+    def _to_extensions(self, feature_names: bool) -> list[tuple[int, bytes]]:
         """In QEMU's order."""
         result = []
         if self.backing_format:
@@ -535,7 +538,7 @@ class Header:
             data = struct.pack(">QQ", self.crypto.offset, self.crypto.length)
             result.append((EXT_CRYPTO, data))
         # Small clusters need their room for the backing file's name.
-        if self.version >= 3 and self.cluster_size > NAMES_NEED_MORE_THAN:
+        if feature_names and self.version >= 3 and self.cluster_size > NAMES_NEED_MORE_THAN:
             names = b"".join(
                 bytes((word, bit)) + name.encode().ljust(46, b"\0")
                 for word, bit, name in FEATURE_NAMES

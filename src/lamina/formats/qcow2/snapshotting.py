@@ -115,7 +115,7 @@ def apply(mapping: Qcow2Mapping, name: str) -> None:
     try:
         check_l1(snapshot, header)
     except LaminaError as error:
-        mapping.warn(str(error))
+        mapping.warn(f"error: {error}")
         number = StorageError.from_errno(error.errno)
         raise number.in_context("Failed to load snapshot: ") from None
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
