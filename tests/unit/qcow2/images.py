@@ -74,6 +74,8 @@ def verify(content: bytes) -> Verdict:
         return struct.unpack(f">{count}Q", data)
 
     refer(0, unit, "header")
+    if header.crypto is not None:
+        refer(header.crypto.offset, header.crypto.length, "LUKS header")
     refer(header.refcount_table_offset, header.refcount_table_clusters * unit, "refcount table")
     blocks = words(header.refcount_table_offset, header.refcount_table_clusters * unit // 8)
     for block in filter(None, blocks):
