@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lamina.block.driver import Driver
 
 _FORMATS = {
+    "dmg": "lamina.formats.dmg:DRIVER",
     "luks": "lamina.formats.luks:DRIVER",
     "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
