@@ -219,7 +219,7 @@ def test_a_width_that_is_too_small_changes_nothing() -> None:
     before = bytes(image.file.content)
     with pytest.raises(
         LaminaError,
-        match="Cannot decrease refcount entry width to 2 bits: Cluster at offset 0x[0-9a-f]+ has "
+        match=r"Cannot decrease refcount entry width to 2 bits: Cluster at offset 0x[0-9a-f]+ has "
         "a refcount of [4-9]",
     ):
         amend(disk, refcount_bits=2)
