@@ -143,7 +143,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def filled(kind: str | dict[str, Any], seed: int, snapshots: int) -> tuple[Image, Disk, random.Random]:
+def filled(
+    kind: str | dict[str, Any], seed: int, snapshots: int
+) -> tuple[Image, Disk, random.Random]:
     rng = random.Random(seed)
     options = KINDS[kind] if isinstance(kind, str) else kind
     image = Image(**{"cluster_size": 512, **options})
