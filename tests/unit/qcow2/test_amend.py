@@ -143,7 +143,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def filled(kind: str | dict[str, Any], seed: int, snapshots: int) -> tuple[Image, Disk, random.Random]:
+def filled(
+    kind: str | dict[str, Any], seed: int, snapshots: int
+) -> tuple[Image, Disk, random.Random]:
     rng = random.Random(seed)
     options = KINDS[kind] if isinstance(kind, str) else kind
     image = Image(**{"cluster_size": 512, **options})
@@ -219,8 +221,8 @@ def test_a_width_that_is_too_small_changes_nothing() -> None:
     before = bytes(image.file.content)
     with pytest.raises(
         LaminaError,
-        match="Cannot decrease refcount entry width to 2 bits: Cluster at offset 0x[0-9a-f]+ has "
-        "a refcount of [4-9]",
+        match=r"Cannot decrease refcount entry width to 2 bits: Cluster at offset 0x[0-9a-f]+ has "
+        r"a refcount of [4-9]",
     ):
         amend(disk, refcount_bits=2)
     assert bytes(image.file.content) == before
