@@ -222,7 +222,7 @@ def test_a_width_that_is_too_small_changes_nothing() -> None:
     with pytest.raises(
         LaminaError,
         match=r"Cannot decrease refcount entry width to 2 bits: Cluster at offset 0x[0-9a-f]+ has "
-        "a refcount of [4-9]",
+        r"a refcount of [4-9]",
     ):
         amend(disk, refcount_bits=2)
     assert bytes(image.file.content) == before
