@@ -16,6 +16,8 @@ class OpenContext(Protocol):
     node_options: NodeOptions
     """For ``Node.__init__``."""
     secrets: Secrets
+    objects: Mapping[str, object]
+    """Other objects that users made (``--object``), by their id."""
     warn: Callable[[str], None]
     """Tells people what no error can tell: what went wrong while closing, above all."""
     inspect: bool

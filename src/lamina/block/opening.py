@@ -249,6 +249,7 @@ class Context:
     ) -> None:
         self.node_options = settings
         self.secrets: Secrets = opener.session.secrets
+        self.objects: Mapping[str, object] = opener.session.objects
         self.warn = opener.session.warn
         self.inspect = opener.inspect
         self.locked = opener.locked or opener.inspect

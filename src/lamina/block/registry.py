@@ -25,6 +25,7 @@ _PROTOCOLS = {
     "file": "lamina.protocols.file:DRIVER",
     "host_cdrom": "lamina.protocols.file.host_device:CDROM_DRIVER",
     "host_device": "lamina.protocols.file.host_device:DRIVER",
+    "nbd": "lamina.protocols.nbd:DRIVER",
     "null-aio": "lamina.protocols.null:AIO_DRIVER",
     "null-co": "lamina.protocols.null:DRIVER",
 }
@@ -41,6 +42,12 @@ _PREFIXES = {
     "file": "file",
     "host_cdrom": "host_cdrom",
     "host_device": "host_device",
+    "nbd": "nbd",
+    "nbd+tcp": "nbd",
+    "nbd+unix": "nbd",
+    "nbds": "nbd",
+    "nbds+tcp": "nbd",
+    "nbds+unix": "nbd",
     "null-aio": "null-aio",
     "null-co": "null-co",
 }

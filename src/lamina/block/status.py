@@ -119,7 +119,8 @@ def _descend(
             _descend(layers, depth + 1, extent.guest_offset, inside, base, found)
         if inside < extent.length:
             rest = extent.cut(extent.guest_offset + inside, extent.end)
-            found.append(Status(rest, depth, True))
+            # What is absent for all that anybody knows is no zeroes (a dirty bitmap over NBD).
+            found.append(Status(rest, depth, rest.node is None))
 
 
 _answers: WeakKeyDictionary[Node, bool] = WeakKeyDictionary()

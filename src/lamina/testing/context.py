@@ -24,6 +24,7 @@ class NodesContext:
             read_only=file.read_only, unmap=True, filename=file.filename
         )
         self.secrets = Secrets()
+        self.objects: Mapping[str, object] = {}
         self.warnings: list[str] = []
         self.warn: Callable[[str], None] = self.warnings.append
         self.inspect = False
