@@ -86,8 +86,8 @@ def property_list(tables: Sequence[bytes]) -> bytes:
 
 def resource_fork(tables: Sequence[bytes]) -> bytes:
     data = b"".join(struct.pack(">I", len(one)) + one for one in (*tables, b"something else"))
-    head = struct.pack(">IIII", 256, 0, len(data), 0).ljust(256)
-    return head + struct.pack(">I", len(data)) + data
+    head = struct.pack(">IIII", 256, 256 + len(data), len(data), 30)
+    return head.ljust(256, b"\0") + data + bytes(30)
 
 
 def image(

@@ -39,8 +39,8 @@ def u64(value: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "Could not locate UDIF trailer in dmg file"),
-        (SMALL[-511:], "Could not locate UDIF trailer in dmg file"),
+        (b"", "dmg file must be at least 512 bytes long"),
+        (SMALL[-511:], "dmg file must be at least 512 bytes long"),
         (changed(KOLY, b"kola"), "Could not locate UDIF trailer in dmg file"),
         (changed(KOLY + 24, u64(1 << 60)), "The data fork lies behind the end of the image"),
         (changed(KOLY + 216, u64(1 << 62)), "The property list lies behind the end of the image"),
@@ -143,9 +143,9 @@ def test_huge_property_list():
 @pytest.mark.parametrize(
     ("at", "data", "message"),
     [
-        (0, b"\xff\xff\xff\xff", "The data of the resource fork lies behind its end"),
-        (256, b"\xff\xff\xff\xff", "The data of the resource fork ends behind its end"),
-        (260, b"\xff\xff\xff\xff", "A resource ends behind the data of the resource fork"),
+        (0, b"\xff\xff\xff\xff", "The data of the resource fork ends behind its end"),
+        (8, b"\xff\xff\xff\xff", "The data of the resource fork ends behind its end"),
+        (256, b"\xff\xff\xff\xff", "A resource ends behind the data of the resource fork"),
     ],
 )
 def test_resource_forks(at, data, message):

@@ -83,8 +83,10 @@ def find_trailer(tail: bytes) -> int:
 
     Raises ImageCorrupt.
     """
-    at = tail.rfind(SIGNATURE, 0, max(len(tail) - TRAILER_SIZE, 0) + len(SIGNATURE))
-    if at < 0 or len(tail) < TRAILER_SIZE:
+    if len(tail) < TRAILER_SIZE:
+        raise ImageCorrupt("dmg file must be at least 512 bytes long", format="dmg")
+    at = tail.rfind(SIGNATURE, 0, len(tail) - TRAILER_SIZE + len(SIGNATURE))
+    if at < 0:
         raise ImageCorrupt(
             "Could not locate UDIF trailer in dmg file", format="dmg", structure="trailer"
         )

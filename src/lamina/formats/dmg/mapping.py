@@ -167,7 +167,8 @@ class DmgMapping(ReadOnlyMapping):
         )
 
     def info(self) -> NodeInfo:
-        return NodeInfo(self.disk.filename, "dmg", self.size, self.file.info().actual_size)
+        actual_size = self.file.info().actual_size
+        return NodeInfo(self.disk.filename, "dmg", self.size, actual_size, dirty=None)
 
 
 def read_trailer(file: Node) -> tuple[Trailer, int]:

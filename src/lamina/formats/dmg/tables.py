@@ -18,6 +18,7 @@ MAX_RESOURCES = 64 << 20
 """Bytes of either. Room for the tables of a million chunks."""
 MAX_TABLES = 10_000
 _U32 = struct.Struct(">I")
+_FORK = struct.Struct(">IIII")
 
 
 def read_tables(file: Node, trailer: Trailer, end: int) -> list[BlockTable]:
@@ -93,18 +94,15 @@ def _value(dictionary: Element | None, key: str) -> Element | None:
 def in_resource_fork(fork: bytes) -> Iterator[bytes]:
     """All resources, whatever they are. Raises ImageCorrupt.
 
-    The fork begins with the offset of its data, which is a length and then the resources, each with
-    its own length in front.
+    The fork begins with the offsets of its data and its map, and their lengths; the data is all
+    resources, each with its length in front (Inside Macintosh, "Resource File Format").
     """
-    if len(fork) < 16:
+    if len(fork) < _FORK.size:
         raise ImageCorrupt("The resource fork is too short")
-    start = _U32.unpack_from(fork)[0]
-    if start + 4 > len(fork):
-        raise ImageCorrupt("The data of the resource fork lies behind its end")
-    end = start + 4 + _U32.unpack_from(fork, start)[0]
+    at, _, length, _ = _FORK.unpack_from(fork)
+    end = at + length
     if end > len(fork):
         raise ImageCorrupt("The data of the resource fork ends behind its end")
-    at = start + 4
     while at + 4 <= end:
         length = _U32.unpack_from(fork, at)[0]
         at += 4
