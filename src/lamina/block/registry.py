@@ -18,6 +18,7 @@ _FORMATS = {
     "luks": "lamina.formats.luks:DRIVER",
     "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
+    "qed": "lamina.formats.qed:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
 }
 

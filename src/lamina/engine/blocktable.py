@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lamina.block.extents import Columns, Extent, Kind
+from lamina.engine.coalescing import columns_of_units, extents_of_units
 from lamina.engine.mapping import Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
@@ -156,31 +157,20 @@ class BlockMapping(Mapping):
         return place
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
-        unit, base, scale = self.unit, self.base, self.scale
-        end = offset + length
-        first = offset // unit
-        extents: list[Extent] = []
-        kind, start, host = Kind.INLINE, offset, -1  # the run so far; none begins as INLINE
-        for index, entries in self.table.runs(first, -(-end // unit) - first):
-            for block, entry in enumerate(entries, index):
-                what = self.special.get(entry, Kind.DATA)
-                guest = block * unit
-                place = -1
-                if what is Kind.DATA:
-                    place = base + entry * scale
-                    self.check_places(block, place, place)
-                if what is kind and (place < 0 or place == host + guest - start):
-                    continue
-                if guest > offset:
-                    extents.append(self._extent(start, guest, kind, host))
-                kind, start = what, max(guest, offset)
-                host = place if place < 0 else place + start - guest
-        if end > start:
-            extents.append(self._extent(start, end, kind, host))
-        return extents
+        return extents_of_units(offset, offset + length, self._units(offset, length), self.file)
 
-    def _extent(self, start: int, end: int, kind: Kind, host: int) -> Extent:
-        return Extent(start, end - start, kind, self.file if kind is Kind.DATA else None, host)
+    def _units(self, offset: int, length: int) -> Iterator[tuple[int, Kind, int]]:
+        unit, base, scale, special = self.unit, self.base, self.scale, self.special
+        first = offset // unit
+        for index, entries in self.table.runs(first, -(-(offset + length) // unit) - first):
+            for block, entry in enumerate(entries, index):
+                kind = special.get(entry)
+                if kind is not None:
+                    yield block * unit, kind, -1
+                    continue
+                place = base + entry * scale
+                self.check_places(block, place, place)
+                yield block * unit, Kind.DATA, place
 
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         import numpy as np
@@ -197,23 +187,8 @@ class BlockMapping(Mapping):
             if here.any():
                 block = index + int(here.argmax())
                 self.check_places(block, int(host[here].min()), int(host[here].max()))
-            goes_on = (kind[1:] == kind[:-1]) & (~here[1:] | (np.diff(host) == unit))
-            rows = np.flatnonzero(np.concatenate(([True], ~goes_on)))
-            guest = (index + rows) * unit
-            kind, host = kind[rows], host[rows]
-            if guest[0] < offset:
-                host[0] += offset - guest[0] if host[0] >= 0 else 0
-                guest[0] = offset
-            stop = min((index + len(entries)) * unit, end)
-            yield Columns(
-                guest,
-                np.diff(guest, append=stop),
-                kind,
-                host,
-                np.zeros(len(rows), dtype=np.int64),
-                (kind != Kind.DATA).astype(np.uint8),
-                (self.file, None),
-            )
+            start, stop = index * unit, min((index + len(entries)) * unit, end)
+            yield columns_of_units(max(offset, start), stop, start, unit, kind, host, self.file)
 
     def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
         return [self._spot(offset, len(buffer)) for offset, buffer in requests]

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
+from lamina.block.extents import Kind
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.cache import UnitCache
@@ -238,10 +239,19 @@ class Disk(Node):
         if size < self.size:
             # What is cut off must not come back when the disk grows again.
             self.writer.erase(size, min(round_up(size, self.mapping.unit), self.size))
+        old_size = self.size
         with self.exclusive():
             self.writer.open_gate()
             self.mapping.truncate(size, preallocation, exact=exact, zeroed=zeroed)
             self.metadata.relieve()
+        if zeroed and self.backing is not None:
+            self._cover(old_size, min(self.size, self.backing.size))
+
+    def _cover(self, start: int, end: int) -> None:
+        """Zeroes over what a longer backing file would show where the disk has grown."""
+        for extent in self.extents(start, end - start) if start < end else ():
+            if extent.kind is Kind.BELOW:
+                self.writer.write_zeroes(extent.guest_offset, extent.length, _NO_FLAGS)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
