@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from lamina.block.bitset import Bitset
-from lamina.errors import ImageCorrupt, ImageUnsupported, UsageError
+from lamina.errors import ImageCorrupt, UsageError
 
 MIN_GRANULARITY = 512
 MAX_GRANULARITY = 1 << 31
-DEFAULT_GRANULARITY = 1 << 16
-MAX_NAME = 1023
-"""Bytes."""
 
 Load = Callable[[Bitset], None]
 """Puts what storage has into the empty set that it is given. May raise LaminaError."""
@@ -75,6 +72,11 @@ class DirtyBitmap:
     def is_changed(self) -> bool:
         """Bits are not what storage has, or had when ``changed`` was emptied."""
         return bool(self._bits.changed)
+
+    def load(self) -> None:
+        """Have the bits in memory. Raises what reading them raises."""
+        with self._lock:
+            self._loaded()
 
     @contextmanager
     def bits(self) -> Iterator[Bitset]:
@@ -177,12 +179,11 @@ class DirtyBitmap:
         Writes that happen meanwhile may or may not be seen.
         """
         end = self.size if length is None else min(offset + length, self.size)
-        with self.bits() as bits:
-            pass
+        self.load()
         if offset >= end:
             return
         shift = self._shift
-        for first, last in bits.runs(offset >> shift, -(-end >> shift)):
+        for first, last in self._bits.runs(offset >> shift, -(-end >> shift)):
             start = max(first << shift, offset)
             yield start, min(last << shift, end) - start
 
@@ -200,7 +201,3 @@ def check_granularity(granularity: int) -> None:
         or not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY
     ):
         raise UsageError("Granularity must be power of 2 and at least 512")
-
-
-def no_such_bitmap(name: str) -> ImageUnsupported:
-    return ImageUnsupported(f"Dirty bitmap '{name}' not found", errno=errno.ENOENT)

@@ -43,10 +43,6 @@ def untrack(node: Node, bitmap: DirtyBitmap) -> None:
         node.__dict__.update(stand_in.before)
 
 
-def find_dirty_bitmap(node: Node, name: str) -> DirtyBitmap | None:
-    return next((one for one in node.dirty_bitmaps if one.name == name), None)
-
-
 METHODS = (
     "writev",
     "write_compressed",

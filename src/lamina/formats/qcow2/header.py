@@ -34,12 +34,12 @@ def is_lazy(mapping: Qcow2Mapping) -> bool:
 def open_for_changes(mapping: Qcow2Mapping) -> None:
     """Before the first change: what the header says must be true while the image is written to.
 
-    Autoclear bits vouch for structures that nobody here keeps up to date: bitmaps, and whatever
-    unknown ones stand for. With lazy refcounts the image is dirty until it is closed.
+    Autoclear bits vouch for structures that nobody here keeps up to date, if they are unknown.
+    With lazy refcounts the image is dirty until it is closed.
     """
     header = mapping.header
     before = header.incompatible_features, header.autoclear_features
-    header.autoclear_features &= AUTOCLEAR_KNOWN & ~AUTOCLEAR_BITMAPS
+    header.autoclear_features &= AUTOCLEAR_KNOWN
     if is_lazy(mapping):
         header.incompatible_features |= INCOMPAT_DIRTY
         mapping.metadata.lazy_counts = True
@@ -49,6 +49,20 @@ def open_for_changes(mapping: Qcow2Mapping) -> None:
         except BaseException:
             header.incompatible_features, header.autoclear_features = before
             mapping.metadata.lazy_counts = False
+            raise
+    drop_stale_bitmaps(mapping)
+
+
+def drop_stale_bitmaps(mapping: Qcow2Mapping) -> None:
+    """Forget the bitmaps of an image that somebody wrote to who did not know of them."""
+    header = mapping.header
+    stale = header.bitmaps
+    if stale is not None and not header.autoclear_features & AUTOCLEAR_BITMAPS:
+        header.bitmaps = None
+        try:
+            rewrite(mapping)
+        except BaseException:
+            header.bitmaps = stale
             raise
 
 
@@ -73,6 +87,7 @@ def mark_repaired(mapping: Qcow2Mapping) -> None:
         mapping.metadata.commit(counts=True)
         mapping.metadata.barrier()
         write_features(mapping)
+    drop_stale_bitmaps(mapping)
     mapping.corruption.marked = False
 
 
@@ -105,10 +120,17 @@ def rewrite(mapping: Qcow2Mapping) -> None:
     old = file.read(0, min(file.size, unit)).rstrip(b"\0")
     # Zeroes over whatever was there before.
     room = min(round_up(max(len(packed), len(old)), SECTOR), unit)
-    first, rest = packed[:SECTOR].ljust(SECTOR, b"\0"), packed[SECTOR:].ljust(room - SECTOR, b"\0")
-    if rest == old[SECTOR:].ljust(room - SECTOR, b"\0"):
-        _put(file, 0, first)
+    new, standing = packed.ljust(room, b"\0"), old.ljust(room, b"\0")
+    different = [
+        start
+        for start in range(0, room, SECTOR)
+        if new[start : start + SECTOR] != standing[start : start + SECTOR]
+    ]
+    if len(different) <= 1:
+        for start in different:
+            _put(file, start, new[start : start + SECTOR])
         return
+    first, rest = new[:SECTOR], new[SECTOR:]
     if len(old) > SECTOR and len(packed) > SECTOR:
         old = _shortened(file, old)
     if len(old) > SECTOR:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
@@ -40,6 +40,8 @@ from lamina.units import MIB, SECTOR
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
     from lamina.engine.disk import Disk
+    from lamina.formats.qcow2.bitmap_layout import BitmapEntry
+    from lamina.formats.qcow2.bitmaps import Bitmaps
     from lamina.formats.qcow2.encryption import Encryption
 
 _unpack_entry = struct.Struct(">Q").unpack_from
@@ -59,7 +61,7 @@ class Qcow2Mapping(Mapping):
         *,
         settings: Settings | None = None,
         snapshots: Sequence[Snapshot] = (),
-        bitmaps: Sequence[dict[str, Any]] = (),
+        bitmaps: Sequence[BitmapEntry] = (),
         read_only: bool,
         unmap: bool = False,
         disk: Disk | None = None,
@@ -78,7 +80,8 @@ class Qcow2Mapping(Mapping):
         self.options = options
         self.settings = settings or Settings(options, header)
         self.snapshots = list(snapshots)
-        self.bitmaps = list(bitmaps)
+        self._bitmaps: Bitmaps | None = None
+        self._bitmap_entries = list(bitmaps)
         self.read_only = read_only
         self.unmap = unmap
         self.refusal = refusal
@@ -164,6 +167,23 @@ class Qcow2Mapping(Mapping):
             allocator.l2_cache = self.tables.cache
             self._writable_parts = refcounts, allocator
         return self._writable_parts
+
+    @property
+    def has_bitmaps(self) -> bool:
+        """There are persistent bitmaps, or have been."""
+        return bool(self._bitmap_entries) or self._bitmaps is not None
+
+    @property
+    def bitmaps(self) -> Bitmaps:
+        if self._bitmaps is None:
+            from lamina.formats.qcow2.bitmaps import Bitmaps
+
+            self._bitmaps = Bitmaps(self, self._bitmap_entries)
+        return self._bitmaps
+
+    @bitmaps.setter
+    def bitmaps(self, bitmaps: Bitmaps) -> None:
+        self._bitmaps = bitmaps
 
     @property
     def vmstate_offset(self) -> int:  # type: ignore[override]
@@ -373,16 +393,19 @@ class Qcow2Mapping(Mapping):
         return self.refcounts.uses_more_than(length // self.header.cluster_size)
 
     def info(self) -> NodeInfo:
-        from lamina.formats.qcow2.about import describe
+        from lamina.formats.qcow2.about import describe, describe_bitmaps
 
         assert self.disk is not None
-        return describe(self.disk, self.header, self.snapshots, self.bitmaps)
+        entries = self.bitmaps.entries if self.has_bitmaps else ()
+        return describe(self.disk, self.header, self.snapshots, describe_bitmaps(entries))
 
     def before_first_write(self) -> None:
         from lamina.formats.qcow2.header import open_for_changes
 
         self.check_usable()
         open_for_changes(self)
+        if self.has_bitmaps:
+            self.bitmaps.before_first_write()
 
     def flush(self) -> None:
         if not self.corruption.marked:
@@ -403,6 +426,9 @@ class Qcow2Mapping(Mapping):
     def close(self) -> None:
         from lamina.formats.qcow2.header import close_cleanly
 
-        if not self.corruption.marked:
-            close_cleanly(self)
+        if self.corruption.marked:
+            return
+        if self.has_bitmaps:
+            self.bitmaps.store_finally()
+        close_cleanly(self)
 

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.formats.qcow2.options import CreateOptions
 
-BITMAP_ENTRY_HEADER = 24
-"""Bytes of an entry of the bitmap directory before the name."""
-
 
 def measure(options: CreateOptions, source: Node | None) -> Measurement:
     """Bytes of an image with these options that holds ``source``, or nothing.
@@ -114,10 +111,11 @@ def _bitmap_bytes(source: Node, unit: int) -> int | None:
         return None
     if layer.mapping.header.version < 3:
         return None
+    if not layer.mapping.has_bitmaps:
+        return 0
     clusters = directory = 0
-    for bitmap in layer.mapping.bitmaps:
-        data = -(-source.size // (bitmap["granularity"] * 8 * unit))
+    for entry in layer.mapping.bitmaps.entries:
+        data = -(-source.size // (entry.granularity * 8 * unit))
         clusters += data + -(-data * 8 // unit)
-        name = bitmap["name"].encode("utf-8", "surrogateescape")
-        directory += round_up(BITMAP_ENTRY_HEADER + len(name), 8)
+        directory += entry.length
     return (clusters + -(-directory // unit)) * unit

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from lamina.engine.disk import Disk
 from lamina.errors import ImageUnsupported, LaminaError
-from lamina.formats.qcow2.about import Inspected, list_bitmaps, unsupported_reason
+from lamina.formats.qcow2.about import Inspected, unsupported_reason
 from lamina.formats.qcow2.layout import (
+    AUTOCLEAR_BITMAPS,
     CRYPT_NONE,
     INCOMPAT_DIRTY,
     MAX_CLUSTER_BITS,
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
     from lamina.block.context import OpenContext
     from lamina.block.node import Node
     from lamina.engine.mapping import Mapping
+    from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.mapping import Qcow2Mapping
     from lamina.formats.qcow2.options import Options
 
 
 def open_disk(options: Options, context: OpenContext) -> Disk:
-    return Disk(context, lambda disk: _load(disk, options, context))
+    disk = Disk(context, lambda disk: _load(disk, options, context))
+    mapping = disk.mapping
+    if not isinstance(mapping, Inspected) and mapping.has_bitmaps:  # type: ignore[attr-defined]
+        mapping.bitmaps.attach()  # type: ignore[attr-defined]
+    return disk
 
 
 def read_header(file: Node, *, check: bool = False) -> Header:
@@ -44,7 +50,7 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
 
     settings = Settings(options, header)
     snapshots = _snapshots(disk.file, header, context)
-    bitmaps = list_bitmaps(disk.file, header, context.warn)
+    bitmaps = _bitmaps(disk, header, context)
     reason = unsupported_reason(header)
     if context.inspect:
         _open_backing(disk, header, context)
@@ -91,6 +97,37 @@ def _snapshots(file: Node, header: Header, context: OpenContext) -> list[Snapsho
     except LaminaError:
         if context.check:
             # The check reads the table again, and says what is wrong with it.
+            return []
+        raise
+
+
+def _bitmaps(disk: Disk, header: Header, context: OpenContext) -> list[BitmapEntry]:
+    if header.bitmaps is None:
+        return []
+    if not header.autoclear_features & AUTOCLEAR_BITMAPS:
+        if header.version < 3:
+            found = (
+                "This qcow2 v2 image contains bitmaps, but they may have been modified by a "
+                "program without persistent bitmap support; so now they must all be considered "
+                "inconsistent"
+            )
+        else:
+            found = (
+                "a program lacking bitmap support modified this file, so all bitmaps are now "
+                "considered inconsistent"
+            )
+        context.warn(
+            f"warning: {found}\n"
+            "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+        )
+        return []
+    from lamina.formats.qcow2.bitmap_storage import read_bitmaps
+
+    try:
+        return read_bitmaps(disk.file, header)
+    except LaminaError:
+        if context.check and not disk.read_only:
+            # The repair finds out what is wrong with them.
             return []
         raise
 
