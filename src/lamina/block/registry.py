@@ -18,6 +18,7 @@ _FORMATS = {
     "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
+    "vhdx": "lamina.formats.vhdx:DRIVER",
 }
 
 _PROTOCOLS = {
