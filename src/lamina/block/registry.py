@@ -20,6 +20,7 @@ _FORMATS = {
     "qcow2": "lamina.formats.qcow2:DRIVER",
     "qed": "lamina.formats.qed:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
+    "vhdx": "lamina.formats.vhdx:DRIVER",
 }
 
 _PROTOCOLS = {
