@@ -178,7 +178,7 @@ class Log:
         """The writes in groups that fit into an entry; long ones are cut."""
         group: list[DirtyWrite] = []
         room = self._capacity * SECTOR
-        for offset, data, event in writes:
+        for offset, data, event, _ in writes:
             if (offset | len(data)) % SECTOR:
                 raise ValueError(f"{len(data)} bytes at {offset} are not whole sectors")
             view = memoryview(data)
@@ -198,7 +198,7 @@ class Log:
         """Write one entry; it counts once the file has been flushed."""
         changes = [
             Change(offset + skip, SECTOR, bytes(data[skip : skip + SECTOR]))
-            for offset, data, _ in writes
+            for offset, data, _, _ in writes
             for skip in range(0, len(data), SECTOR)
         ]
         size = self.file.size

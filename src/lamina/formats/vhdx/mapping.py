@@ -73,7 +73,7 @@ class VhdxMapping(Mapping):
         return self.parameters.has_parent
 
     @property
-    def fixed(self) -> bool:
+    def stays_allocated(self) -> bool:
         """Blocks stay allocated."""
         return self.parameters.leave_allocated and not self.differencing
 
@@ -226,7 +226,7 @@ class VhdxMapping(Mapping):
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         from lamina.formats.vhdx.clearing import clear
 
-        if self.fixed:
+        if self.stays_allocated:
             return all(extent.kind is not Kind.DATA for extent in self.resolve(offset, length))
         clear(self, offset // self.unit, length // self.unit, even_absent=True)
         return True
@@ -234,7 +234,7 @@ class VhdxMapping(Mapping):
     def discard(self, offset: int, length: int) -> None:
         from lamina.formats.vhdx.clearing import clear
 
-        if not self.fixed:
+        if not self.stays_allocated:
             clear(self, offset // self.unit, length // self.unit, even_absent=self.differencing)
 
     # -- the whole -------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def _grow(mapping: VhdxMapping, parameters: Parameters, preallocation: Prealloca
         _move_bat(mapping, round_up(needed, MIB))
     first, end = bat.blocks, parameters.blocks
     _zero_tail(mapping, parameters.size)
-    if mapping.fixed or preallocation is not Preallocation.OFF:
+    if mapping.stays_allocated or preallocation is not Preallocation.OFF:
         _allocate(mapping, first, end, preallocation)
     else:
         for block in range(first, end, _STEP):
