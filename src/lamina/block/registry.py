@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _FORMATS = {
     "dmg": "lamina.formats.dmg:DRIVER",
     "luks": "lamina.formats.luks:DRIVER",
+    "parallels": "lamina.formats.parallels:DRIVER",
     "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
     "qed": "lamina.formats.qed:DRIVER",
