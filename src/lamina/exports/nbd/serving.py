@@ -150,11 +150,10 @@ class Transmission:
                 raise _Wrong(request.fault, f"len ({length}) is larger than max len")
             raise _Wrong(request.fault, "unexpected payload")
         allowed = self._read_flags if command == nbd.CMD_READ else _FLAGS[command]
-        if self._style is Style.EXTENDED:
-            if command == nbd.CMD_WRITE:
-                allowed |= nbd.CMD_FLAG_PAYLOAD_LEN
-            elif command == nbd.CMD_BLOCK_STATUS and request.contexts is not None:
-                allowed |= nbd.CMD_FLAG_PAYLOAD_LEN
+        if self._style is Style.EXTENDED and (
+            command == nbd.CMD_WRITE or request.contexts is not None
+        ):
+            allowed |= nbd.CMD_FLAG_PAYLOAD_LEN
         if flags & ~allowed:
             name = nbd.COMMAND_NAMES[command]
             raise _Wrong(nbd.EINVAL, f"unsupported flags for command {name} (got 0x{flags:x})")
