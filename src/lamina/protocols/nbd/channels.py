@@ -65,7 +65,8 @@ class PlainChannel:
     def interrupt(self) -> None:
         """Whoever waits for this channel stops waiting."""
         with suppress(OSError):  # it may be down already
-            self._socket.shutdown(socket.SHUT_RDWR)
+            # Not the method of a TLS socket, which would go on in the clear.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -1,0 +1,93 @@
+"""Metadata contexts: what BLOCK_STATUS tells of a disk."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from lamina.block.extents import Kind
+from lamina.block.status import chain_extents
+from lamina.wire.nbd import constants as nbd
+
+if TYPE_CHECKING:
+    from lamina.block.node import Node
+
+_FIRST_STEP = 64 << 20
+_LONGEST_STEP = 1 << 40
+_MOST = 16 << 10
+"""Extents that are looked for before a reply is good enough."""
+
+
+class Context(ABC):
+    """``name`` and a value for every byte of the disk."""
+
+    name: str
+
+    @abstractmethod
+    def values(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """Lengths in bytes and values, in order, without gaps."""
+
+    def status(
+        self, offset: int, length: int, *, only_one: bool, longest: int
+    ) -> list[tuple[int, int]]:
+        """Extents from ``offset`` on, at least one, neighbours of one value joined.
+
+        They may end before ``length``: where there are many. None is longer than ``longest``.
+        """
+        found: list[tuple[int, int]] = []
+        for part, value in self._in_steps(offset, length):
+            while part:
+                before, known = found[-1] if found else (0, -1)
+                if known == value and before < longest:
+                    taken = min(part, longest - before)
+                    found[-1] = (before + taken, value)
+                elif found and only_one:
+                    return found
+                else:
+                    taken = min(part, longest)
+                    found.append((taken, value))
+                part -= taken
+            if len(found) >= _MOST:
+                break
+        return found
+
+    def _in_steps(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Large disks piece by piece: an answer may be enough before all of it is looked at."""
+        end = offset + length
+        step = _FIRST_STEP
+        while offset < end:
+            part = min(step, end - offset)
+            yield from self.values(offset, part)
+            offset += part
+            step = min(step * 4, _LONGEST_STEP)
+
+
+class AllocationContext(Context):
+    """base:allocation, across the whole backing chain."""
+
+    name = nbd.BASE_ALLOCATION
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        for extent, _, reads_zero in chain_extents(self._node, offset, length):
+            is_data = extent.kind in (Kind.DATA, Kind.ENCODED, Kind.INLINE)
+            value = 0 if is_data else nbd.STATE_HOLE
+            yield extent.length, value | (nbd.STATE_ZERO if reads_zero else 0)
+
+
+class DepthContext(Context):
+    """qemu:allocation-depth: which layer of the backing chain holds the bytes; 1 is the top."""
+
+    name = "qemu:allocation-depth"
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        for extent, depth, _ in chain_extents(
+            self._node, offset, length, look_for_holes=False
+        ):
+            yield extent.length, 0 if extent.kind == Kind.BELOW else depth + 1
