@@ -57,6 +57,11 @@ class OpenContext(Protocol):
         ``backing=null`` or only inspects. Raises Refused, or what opening raises.
         """
 
+    def create_part(self, role: str, filename: str, *, relative_to: Node) -> Node:
+        """Create and open another local file that an open image is to consist of, and is going to
+        name: for images that grow. Passes the opening policy; raises StorageError (EEXIST) where
+        there is such a file."""
+
 
 class CreateContext(Protocol):
     """Handed to ``Driver.create``, ``create_file`` and ``measure``."""
@@ -66,8 +71,12 @@ class CreateContext(Protocol):
     secrets: Secrets
     warn: Callable[[str], None]
 
-    def backing_node(self) -> Node | None:
-        """The backing file of the new image, opened for reading, where one was named and opened."""
+    def backing_node(self, *, needed: bool = False) -> Node | None:
+        """The backing file of the new image, opened for reading, where one was named and opened.
+
+        ``needed``: open it although the user said not to look at it, since the image says more of
+        it than its name. Raises what opening it raises.
+        """
 
     def create_beside(self, filename: str, size: int) -> Node:
         """Create and open another file that the new image consists of (data file, extent)."""

@@ -250,9 +250,9 @@ class Creation:
 
     # -- what the format asks for ----------------------------------------------------------------
 
-    def backing_node(self) -> Node | None:
+    def backing_node(self, *, needed: bool = False) -> Node | None:
         name = self._given.get(BACKING_FILE)
-        if name is None or not self._with_backing:
+        if name is None or not (self._with_backing or needed):
             return None
         if self._backing is None:
             self._backing = self._open_backing(name)

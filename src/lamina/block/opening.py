@@ -23,7 +23,7 @@ from lamina.block.keyvalue import flatten, subset
 from lamina.block.node import Node, NodeOptions
 from lamina.block.options import Spec, Type, convert, parse
 from lamina.block.policy import Policy, check_format, check_named
-from lamina.errors import LaminaError, UsageError
+from lamina.errors import ImageUnsupported, LaminaError, StorageError, UsageError
 from lamina.records import replace
 
 if TYPE_CHECKING:
@@ -306,6 +306,27 @@ class Context:
             self.opened[role] = node
         return node
 
+    def create_part(self, role: str, filename: str, *, relative_to: Node) -> Node:
+        full = filenames.full_backing_filename(relative_to, filenames.plain_name(filename))
+        path, _ = self._check_named(role, filename, full, relative_to)
+        if path is None:
+            raise ImageUnsupported("Only images in local files can get more of them")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except OSError as error:
+            raise StorageError.from_os_error(error, path=path) from None
+        return self._opener.open(full, {}, _below_format(self.node_options), protocol=True)
+
+    def _check_named(
+        self, role: str, filename: str, full: str, relative_to: Node
+    ) -> tuple[str | None, str | None]:
+        """Raises Refused unless ``full`` may be opened. Returns its path and that of the image."""
+        path = filenames.local_file(full)
+        storage = filenames.storage(relative_to)
+        own_path = storage.filename if filenames.is_local(storage) else None
+        check_named(self._opener.session.policy, filename, role, path, own_path)
+        return path, own_path
+
     def _open_named(
         self,
         role: str,
@@ -330,10 +351,7 @@ class Context:
         if "\0" in filename:
             raise UsageError(f"The name of the {role} file contains a NUL byte")
         full = filenames.full_backing_filename(relative_to, filename)
-        path = filenames.local_file(full)
-        storage = filenames.storage(relative_to)
-        own_path = storage.filename if filenames.is_local(storage) else None
-        check_named(self._opener.session.policy, filename, role, path, own_path)
+        path, own_path = self._check_named(role, filename, full, relative_to)
         # A file of this image is no step down the chain: only backing files can lead back.
         chain = (*self._chain, _identity(relative_to.filename, own_path))
         if role == "backing" and _identity(full, path) in chain:

@@ -22,6 +22,7 @@ _FORMATS = {
     "qed": "lamina.formats.qed:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
     "vhdx": "lamina.formats.vhdx:DRIVER",
+    "vmdk": "lamina.formats.vmdk:DRIVER",
 }
 
 _PROTOCOLS = {

@@ -25,6 +25,7 @@ Encoder = Callable[[Data], bytes]
 _MODULES = {
     "adc": "lamina.codecs.adc",
     "bzip2": "lamina.codecs.bzip2",
+    "grain": "lamina.codecs.grain",
     "lzfse": "lamina.codecs.lzfse",
     "lzma": "lamina.codecs.lzma",
     "unreadable": "lamina.codecs.unreadable",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lamina.block.node import Node, NodeOptions
 from lamina.block.secrets import Secrets
+from lamina.testing.memory import MemoryFile
 
 
 class NodesContext:
@@ -51,3 +52,9 @@ class NodesContext:
         self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
     ) -> Node | None:
         return self._children.get(role)
+
+    def create_part(self, role: str, filename: str, *, relative_to: Node) -> Node:
+        """A file in memory, from then on one of the children."""
+        node = MemoryFile(options=NodeOptions(filename=filename, read_only=False))
+        self._children[role] = node
+        return node

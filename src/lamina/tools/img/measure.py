@@ -130,7 +130,7 @@ class _Context:
         self.secrets = tool.session.secrets
         self.warn: Callable[[str], None] = tool.tell
 
-    def backing_node(self) -> None:
+    def backing_node(self, *, needed: bool = False) -> None:
         return None
 
     def create_beside(self, filename: str, size: int) -> Any:
