@@ -18,9 +18,6 @@ def create(options: QedCreateOptions, file: Node) -> None:
     """Raises UsageError for sizes that the format cannot have."""
     header, name = new_header(options)
     end = header.l1_table_offset + header.table_bytes
-    if header.table_size == 1:
-        # QEMU opens no image whose L1 table of one cluster ends the file.
-        end += header.cluster_size
     # The table first: a file without a header is no image yet.
     file.truncate(0)
     file.truncate(end, exact=False)

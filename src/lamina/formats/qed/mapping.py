@@ -200,13 +200,12 @@ class QedMapping(Mapping):
             self.metadata.put(Stage.COUNTS, AUTOCLEAR_OFFSET, bytes(8))
 
     def _mark(self) -> None:
-        """NEED_CHECK is durable before any table names something new."""
-        if not self.header.features & NEED_CHECK:
-            self._set_features(self.header.features | NEED_CHECK, Stage.COUNTS)
-
-    def _set_features(self, features: int, stage: Stage) -> None:
-        self.header = replace(self.header, features=features)
-        self.metadata.put(stage, FEATURES_OFFSET, features.to_bytes(8, "little"))
+        """NEED_CHECK is durable before the file grows. Raises StorageError."""
+        features = self.header.features | NEED_CHECK
+        if features != self.header.features:
+            self.file.write(FEATURES_OFFSET, features.to_bytes(8, "little"))
+            self.file.flush()
+            self.header = replace(self.header, features=features)
 
     def close(self) -> None:
         """Everything is written: the tables need no check."""
@@ -215,7 +214,9 @@ class QedMapping(Mapping):
 
     def mark_clean(self) -> None:
         if self.header.features & NEED_CHECK:
-            self._set_features(self.header.features & ~NEED_CHECK, Stage.FREES)
+            features = self.header.features & ~NEED_CHECK
+            self.header = replace(self.header, features=features)
+            self.metadata.put(Stage.FREES, FEATURES_OFFSET, features.to_bytes(8, "little"))
 
     def reopened(self, *, read_only: bool) -> None:
         if not read_only:
