@@ -98,12 +98,17 @@ class Disk(Node):
         return self.mapping.size
 
     @property
+    def allocation_unit(self) -> int:
+        """In guest bytes."""
+        return self.mapping.allocation_unit or self.mapping.unit
+
+    @property
     def limits(self) -> Limits:
         mapping = self.mapping
         return Limits(
             request_alignment=mapping.request_alignment,
             write_zeroes_alignment=mapping.unit,
-            discard_alignment=mapping.unit,
+            discard_alignment=self.allocation_unit,
         )
 
     @property
@@ -238,7 +243,7 @@ class Disk(Node):
     ) -> None:
         if size < self.size:
             # What is cut off must not come back when the disk grows again.
-            self.writer.erase(size, min(round_up(size, self.mapping.unit), self.size))
+            self.writer.erase(size, min(round_up(size, self.allocation_unit), self.size))
         old_size = self.size
         with self.exclusive():
             self.writer.open_gate()

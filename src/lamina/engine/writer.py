@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
@@ -65,7 +65,7 @@ class Writer:
         if mapping.encodes_always:
             self.write_compressed(requests)
             return
-        unit = mapping.unit
+        unit = mapping.allocation_unit or mapping.unit
         if len(requests) == 1:
             offset, data = requests[0]
             end = offset + len(data)
@@ -303,15 +303,13 @@ class Writer:
         mapping = self.disk.mapping
         end = offset + length
         first = round_up(offset, mapping.unit)
-        last = self._last_unit(end)
+        last = self._last_unit(end, mapping.unit)
         if first > last:
             # Within one unit.
             if length:
                 self._zero_part(offset, end, flags)
             return
-        step = mapping.unit * TABLE_WORK
-        for start in range(first, last, step):
-            stop = min(start + step, last)
+        for start, stop in self._zero_steps(first, last):
             if not self._zero_units(start, stop, flags):
                 self._zero_slowly(start, min(stop, end), flags)
         if offset < first:
@@ -319,26 +317,53 @@ class Writer:
         if last < end:
             self._zero_part(last, end, flags)
 
-    def _last_unit(self, end: int) -> int:
+    def _last_unit(self, end: int, unit: int) -> int:
         """Where the last whole unit before ``end`` ends: the last one of the disk may be cut."""
-        mapping = self.disk.mapping
-        if end == mapping.size:
-            return round_up(end, mapping.unit)
-        return round_down(end, mapping.unit)
+        return round_up(end, unit) if end == self.disk.mapping.size else round_down(end, unit)
+
+    def _zero_steps(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Parts of whole units: many allocation units, or less than one."""
+        unit = self.disk.allocation_unit
+        while start < end:
+            if start % unit or end - start < unit:
+                stop = min(round_up(start + 1, unit), end)
+            else:
+                stop = min(start + unit * TABLE_WORK, round_down(end, unit))
+            yield start, stop
+            start = stop
+
+    def _hold(self, start: int, end: int, *, writing: bool = False) -> Hold:
+        """The allocation units of a range. Under the lock."""
+        unit = self.disk.allocation_unit
+        span = round_down(start, unit), round_up(end, unit)
+        return self.disk.ranges.acquire([span], writing=writing)
 
     def _zero_units(self, start: int, end: int, flags: WriteFlags) -> bool:
         disk = self.disk
         with disk.lock:
-            hold = disk.ranges.acquire([(start, end)], writing=False)
-            try:
+            hold = self._hold(start, end)
+        try:
+            self._zero_raw(start, end, flags)
+            with disk.lock:
                 self.open_gate()
                 zeroed = disk.mapping.zero(
                     start, end - start, may_unmap=bool(flags & WriteFlags.MAY_UNMAP)
                 )
                 disk.metadata.relieve()
-            finally:
+        finally:
+            with disk.lock:
                 disk.ranges.release(hold)
         return zeroed
+
+    def _zero_raw(self, start: int, end: int, flags: WriteFlags) -> None:
+        """What the tables are about to call zeroes, in the child that knows no tables."""
+        mapping = self.disk.mapping
+        node = mapping.raw_node
+        end = min(end, mapping.size)
+        if node is not None and start < end:
+            node.write_zeroes(start, end - start, flags & ~WriteFlags.FUA)
+            with self.disk.lock:
+                self.disk.metadata.data_written(node)
 
     def _zero_part(self, offset: int, end: int, flags: WriteFlags) -> None:
         """A part of one unit: as a whole unit if the rest reads as zeroes already."""
@@ -347,9 +372,14 @@ class Writer:
         start = round_down(offset, mapping.unit)
         stop = start + mapping.unit
         with disk.lock:
-            hold = disk.ranges.acquire([(start, stop)], writing=False)
+            hold = self._hold(start, stop)
             try:
-                if self._reads_zero(start, offset) and self._reads_zero(end, stop):
+                # Where tables are not everything, zeroes have to be written in any case.
+                if (
+                    mapping.raw_node is None
+                    and self._reads_zero(start, offset)
+                    and self._reads_zero(end, stop)
+                ):
                     self.open_gate()
                     if mapping.zero(start, stop - start, may_unmap=False):
                         return
@@ -369,7 +399,8 @@ class Writer:
             # Encrypted zeroes are bytes like any others.
             self._write_zero_bytes(start, end, flags)
             return
-        step = max(ROUND // mapping.unit, 1) * mapping.unit
+        unit = self.disk.allocation_unit
+        step = max(ROUND // unit, 1) * unit
         inside_backing = self.disk.reader.inside_backing()
         for extent in self.disk.extents(start, end - start):
             at, stop = extent.guest_offset, extent.end
@@ -378,7 +409,7 @@ class Writer:
             if extent.kind is Kind.BELOW:
                 stop = min(stop, inside_backing)
             while at < stop:
-                part = min(round_down(at, mapping.unit) + step, stop)
+                part = min(round_down(at, unit) + step, stop)
                 self._zero_places(at, part, flags)
                 at = part
 
@@ -393,11 +424,8 @@ class Writer:
     def _zero_places(self, start: int, end: int, flags: WriteFlags) -> None:
         """As a write would, but the storage makes the zeroes where the bytes are or will be."""
         disk = self.disk
-        unit = disk.mapping.unit
         with disk.lock:
-            hold = disk.ranges.acquire(
-                [(round_down(start, unit), round_up(end, unit))], writing=True
-            )
+            hold = self._hold(start, end, writing=True)
             try:
                 self.open_gate()
                 reservation = disk.mapping.reserve([(start, end - start)])
@@ -437,19 +465,22 @@ class Writer:
                 self._zero_slowly(extent.guest_offset, extent.end, WriteFlags.NONE)
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole units only: a hint about a part of one is ignored."""
+        """Whole allocation units only: a hint about a part of one is ignored."""
         disk = self.disk
-        mapping = disk.mapping
-        first = round_up(offset, mapping.unit)
-        last = self._last_unit(offset + length)
-        step = mapping.unit * TABLE_WORK
+        unit = disk.allocation_unit
+        first = round_up(offset, unit)
+        last = self._last_unit(offset + length, unit)
+        step = unit * TABLE_WORK
         for start in range(first, last, step):
             end = min(start + step, last)
             with disk.lock:
                 hold = disk.ranges.acquire([(start, end)], writing=False)
-                try:
+            try:
+                self._zero_raw(start, end, WriteFlags.MAY_UNMAP)
+                with disk.lock:
                     self.open_gate()
-                    mapping.discard(start, end - start)
+                    disk.mapping.discard(start, end - start)
                     disk.metadata.relieve()
-                finally:
+            finally:
+                with disk.lock:
                     disk.ranges.release(hold)
