@@ -49,7 +49,14 @@ class NodesContext:
         return {}
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
+        self,
+        role: str,
+        filename: str,
+        *,
+        driver: str | None,
+        relative_to: Node,
+        part: bool = False,
+        plain: bool = False,
     ) -> Node | None:
         return self._children.get(role)
 
