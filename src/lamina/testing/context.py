@@ -11,7 +11,10 @@ from lamina.testing.memory import MemoryFile
 
 
 class NodesContext:
-    """An ``OpenContext`` whose children are given. ``warnings`` collects what people would see."""
+    """An ``OpenContext`` whose children are given. ``warnings`` collects what people would see.
+
+    A child ``data_file`` has the role ``data-file``.
+    """
 
     def __init__(
         self,
@@ -32,7 +35,9 @@ class NodesContext:
         self.locked = False
         self.check = False
         self.image_option: Mapping[str, Any] = {}
-        self._children: dict[str, Node | None] = {"file": file, "backing": backing, **children}
+        self._children: dict[str, Node | None] = {"file": file, "backing": backing}
+        for name, node in children.items():
+            self._children[name.replace("_", "-")] = node
 
     def open_child(
         self,

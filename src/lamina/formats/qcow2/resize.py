@@ -64,6 +64,8 @@ def _grow(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> Non
         _grow_data_file(mapping, old_size, size, preallocation)
     elif preallocation is not Preallocation.OFF:
         _preallocate(mapping, old_size, size, preallocation)
+    # The header must not promise more than the L1 table that it names can hold.
+    mapping.metadata.commit()
     header.size = mapping.size = size
     mapping.metadata.put(Stage.ROOTS, 24, size.to_bytes(8, "big"))
     mapping.metadata.commit()
