@@ -66,7 +66,9 @@ def test_list() -> None:
     style, found = client.result
     assert style is Style.EXTENDED
     assert [export.name for export in found] == ["disk", "", "schön /x"]
-    assert found[0] == replace(DISK, flags=FLAGS | nbd.SEND_DF)
+    assert found[0] == replace(
+        DISK, flags=FLAGS | nbd.SEND_DF | nbd.BLOCK_STATUS_PAYLOAD
+    )
     assert server.done
     assert server.result is None
 

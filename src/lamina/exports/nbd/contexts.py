@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.status import chain_extents
+from lamina.errors import UsageError
 from lamina.wire.nbd import constants as nbd
 
 if TYPE_CHECKING:
+    from lamina.block.dirty import DirtyBitmap
     from lamina.block.node import Node
 
 _FIRST_STEP = 64 << 20
@@ -91,3 +93,37 @@ class DepthContext(Context):
             self._node, offset, length, look_for_holes=False
         ):
             yield extent.length, 0 if extent.kind == Kind.BELOW else depth + 1
+
+
+class BitmapContext(Context):
+    """qemu:dirty-bitmap:NAME, 1 where it is dirty."""
+
+    def __init__(self, bitmap: DirtyBitmap) -> None:
+        self.name = f"qemu:dirty-bitmap:{bitmap.name}"
+        self._bitmap = bitmap
+
+    def values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        at, end = offset, offset + length
+        for start, dirty in self._bitmap.ranges(offset, length):
+            if start > at:
+                yield start - at, 0
+            yield dirty, 1
+            at = start + dirty
+        if at < end:
+            yield end - at, 0
+
+
+def find_bitmap(node: Node, name: str, *, read_only: bool) -> DirtyBitmap:
+    """A bitmap of a disk or of what is below it, fit to be shown. Raises UsageError."""
+    layer: Node | None = node
+    while layer is not None:
+        for bitmap in layer.dirty_bitmaps:
+            if bitmap.name == name:
+                bitmap.check_usable()
+                if read_only and not layer.read_only and bitmap.enabled:
+                    raise UsageError(
+                        f"Enabled bitmap '{name}' incompatible with readonly export"
+                    )
+                return bitmap
+        layer = layer.file if layer.is_filter or layer.driver == "raw" else layer.backing
+    raise UsageError(f"Bitmap '{name}' is not found")

@@ -104,7 +104,7 @@ class _Handshake:
                 )
                 continue
             if number == nbd.OPT_ABORT:
-                yield Send(messages.option_reply(number, nbd.REP_ACK))
+                yield Send(messages.option_reply(number, nbd.REP_ACK), last=True)
                 return None
             agreed = yield from self._option(number, length)
             if agreed is not None:
@@ -264,7 +264,7 @@ class _Handshake:
         contexts = self._contexts if self._contexts_of == export.name else {}
         if self._style is not Style.SIMPLE:
             flags |= nbd.SEND_DF
-        if self._style is Style.EXTENDED and contexts:
+        if self._style is Style.EXTENDED and export.contexts:
             flags |= nbd.BLOCK_STATUS_PAYLOAD
         described = Description(
             export.name, export.size, flags, export.text, export.sizes, export.contexts
