@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lamina.block.extents import Kind
 from lamina.block.status import chain_extents
 from lamina.errors import UsageError
+from lamina.units import round_down, round_up
 from lamina.wire.nbd import constants as nbd
 
 if TYPE_CHECKING:
@@ -70,14 +71,47 @@ class AllocationContext(Context):
 
     name = nbd.BASE_ALLOCATION
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, block: int = 1) -> None:
+        """``block``: bytes; a block that begins and ends differently is neither hole nor zero."""
         self._node = node
+        self._block = block
 
     def values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        found = self._values(offset, length)
+        return found if self._block == 1 else _in_blocks(found, offset, self._block)
+
+    def _values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         for extent, _, reads_zero in chain_extents(self._node, offset, length):
             is_data = extent.kind in (Kind.DATA, Kind.ENCODED, Kind.INLINE)
             value = 0 if is_data else nbd.STATE_HOLE
             yield extent.length, value | (nbd.STATE_ZERO if reads_zero else 0)
+
+
+def _in_blocks(
+    extents: Iterable[tuple[int, int]], offset: int, block: int
+) -> Iterator[tuple[int, int]]:
+    """The same, with all edges moved to edges of blocks; what is mixed keeps the bits that all of
+    it has."""
+    start = at = offset  # what lies between them has not been told yet
+    mixed = -1
+    for length, value in extents:
+        end = at + length
+        if at % block:
+            mixed &= value
+            edge = min(round_up(at, block), end)
+            if edge % block:
+                at = end
+                continue
+            yield edge - start, mixed
+            start = edge
+        at = end
+        whole = round_down(end, block)
+        if whole > start:
+            yield whole - start, value
+            start = whole
+        mixed = value
+    if at > start:
+        yield at - start, mixed
 
 
 class DepthContext(Context):
