@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lamina.block.options import Spec, Type, convert
@@ -105,6 +106,52 @@ def connect(address: SocketAddress, timeout: float | None = None) -> socket.sock
             raise
     number = (trouble.errno if trouble else None) or errno.ETIMEDOUT
     raise StorageError(f"Failed to connect to '{address}': {os.strerror(number)}", errno=number)
+
+
+def listen(address: SocketAddress, backlog: int) -> list[socket.socket]:
+    """Sockets on which connections arrive, an older Unix socket of that name removed.
+
+    Raises StorageError.
+    """
+    if address.type == "unix":
+        return [_listen_unix(address, backlog)]
+    found: list[socket.socket] = []
+    trouble: OSError | None = None
+    targets = resolve(address, passive=True) if address.type == "inet" else _targets(address)
+    for family, target in targets:
+        one = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(target)
+            one.listen(backlog)
+            found.append(one)
+        except OSError as error:
+            one.close()
+            trouble = error
+    if not found:
+        text = (trouble.strerror if trouble else None) or "no address"
+        number = trouble.errno if trouble else errno.EINVAL
+        raise StorageError(f"Failed to bind socket: {text}", errno=number)
+    return found
+
+
+def _listen_unix(address: SocketAddress, backlog: int) -> socket.socket:
+    name = unix_name(address)
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not address.abstract:
+            with suppress(FileNotFoundError):
+                os.unlink(address.path)
+        one.bind(name)
+        one.listen(backlog)
+    except OSError as error:
+        one.close()
+        raise StorageError(
+            f"Failed to bind socket to {address.path}: {error.strerror}", errno=error.errno
+        ) from None
+    return one
 
 
 def prepare(connection: socket.socket, *, keep_alive: bool = False) -> None:

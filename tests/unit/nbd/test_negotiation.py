@@ -66,7 +66,9 @@ def test_list() -> None:
     style, found = client.result
     assert style is Style.EXTENDED
     assert [export.name for export in found] == ["disk", "", "schön /x"]
-    assert found[0] == replace(DISK, flags=FLAGS | nbd.SEND_DF)
+    assert found[0] == replace(
+        DISK, flags=FLAGS | nbd.SEND_DF | nbd.BLOCK_STATUS_PAYLOAD
+    )
     assert server.done
     assert server.result is None
 
@@ -330,9 +332,13 @@ def test_contexts_of_another_export_do_not_count() -> None:
 
 
 def test_block_sizes_have_to_be_asked_for() -> None:
-    answers = say(messages.option(nbd.OPT_GO, messages.pack_info_request("disk", [])))
+    answers = say(messages.option(nbd.OPT_INFO, messages.pack_info_request("disk", [])))
     assert answers[-1][1] == nbd.REP_ERR_BLOCK_SIZE_REQD
     assert {kind for _, kind, _ in answers[:-1]} == {nbd.REP_INFO}
+    wants_none = messages.option(nbd.OPT_GO, messages.pack_info_request("disk", []))
+    side = listen(serve(EXPORTS), C_FLAGS + wants_none)
+    told = [data[2:] for _, _, data in replies_in(bytes(side.sent)) if data[:2] == b"\0\3"]
+    assert messages.unpack_info_block_size(told[0]).minimum == 1
 
 
 def test_styles_are_agreed_on_once() -> None:

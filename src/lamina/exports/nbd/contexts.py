@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.status import chain_extents
+from lamina.errors import UsageError
+from lamina.units import round_down, round_up
 from lamina.wire.nbd import constants as nbd
 
 if TYPE_CHECKING:
+    from lamina.block.dirty import DirtyBitmap
     from lamina.block.node import Node
 
 _FIRST_STEP = 64 << 20
@@ -68,14 +71,47 @@ class AllocationContext(Context):
 
     name = nbd.BASE_ALLOCATION
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, block: int = 1) -> None:
+        """``block``: bytes; a block that begins and ends differently is neither hole nor zero."""
         self._node = node
+        self._block = block
 
     def values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        found = self._values(offset, length)
+        return found if self._block == 1 else _in_blocks(found, offset, self._block)
+
+    def _values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         for extent, _, reads_zero in chain_extents(self._node, offset, length):
             is_data = extent.kind in (Kind.DATA, Kind.ENCODED, Kind.INLINE)
             value = 0 if is_data else nbd.STATE_HOLE
             yield extent.length, value | (nbd.STATE_ZERO if reads_zero else 0)
+
+
+def _in_blocks(
+    extents: Iterable[tuple[int, int]], offset: int, block: int
+) -> Iterator[tuple[int, int]]:
+    """The same, with all edges moved to edges of blocks; what is mixed keeps the bits that all of
+    it has."""
+    start = at = offset  # what lies between them has not been told yet
+    mixed = -1
+    for length, value in extents:
+        end = at + length
+        if at % block:
+            mixed &= value
+            edge = min(round_up(at, block), end)
+            if edge % block:
+                at = end
+                continue
+            yield edge - start, mixed
+            start = edge
+        at = end
+        whole = round_down(end, block)
+        if whole > start:
+            yield whole - start, value
+            start = whole
+        mixed = value
+    if at > start:
+        yield at - start, mixed
 
 
 class DepthContext(Context):
@@ -91,3 +127,37 @@ class DepthContext(Context):
             self._node, offset, length, look_for_holes=False
         ):
             yield extent.length, 0 if extent.kind == Kind.BELOW else depth + 1
+
+
+class BitmapContext(Context):
+    """qemu:dirty-bitmap:NAME, 1 where it is dirty."""
+
+    def __init__(self, bitmap: DirtyBitmap) -> None:
+        self.name = f"qemu:dirty-bitmap:{bitmap.name}"
+        self._bitmap = bitmap
+
+    def values(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        at, end = offset, offset + length
+        for start, dirty in self._bitmap.ranges(offset, length):
+            if start > at:
+                yield start - at, 0
+            yield dirty, 1
+            at = start + dirty
+        if at < end:
+            yield end - at, 0
+
+
+def find_bitmap(node: Node, name: str, *, read_only: bool) -> DirtyBitmap:
+    """A bitmap of a disk or of what is below it, fit to be shown. Raises UsageError."""
+    layer: Node | None = node
+    while layer is not None:
+        for bitmap in layer.dirty_bitmaps:
+            if bitmap.name == name:
+                bitmap.check_usable()
+                if read_only and not layer.read_only and bitmap.enabled:
+                    raise UsageError(
+                        f"Enabled bitmap '{name}' incompatible with readonly export"
+                    )
+                return bitmap
+        layer = layer.file if layer.is_filter or layer.driver == "raw" else layer.backing
+    raise UsageError(f"Bitmap '{name}' is not found")

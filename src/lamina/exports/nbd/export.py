@@ -36,7 +36,8 @@ class Export:
         several times; ``contexts`` come after ``base:allocation``."""
         self.backend = backend
         self.read_only = read_only or backend.read_only
-        self.contexts: list[Context] = [AllocationContext(backend.node), *contexts]
+        block = _block_size(backend)
+        self.contexts: list[Context] = [AllocationContext(backend.node, block), *contexts]
         flags = _READ_FLAGS
         if self.read_only:
             flags |= nbd.READ_ONLY
@@ -50,10 +51,18 @@ class Export:
             self.size,
             flags,
             text,
-            BlockSizes(1, 4096, nbd.MAX_PAYLOAD),
+            BlockSizes(block, max(4096, block), nbd.MAX_PAYLOAD),
             tuple(context.name for context in self.contexts),
         )
 
     @property
     def name(self) -> str:
         return self.description.name
+
+
+def _block_size(backend: Backend) -> int:
+    """What clients are told to align to, though none has to: bytes that are cheap to access."""
+    below = backend.node.unfiltered
+    if below.driver == "raw" and below.options.probed:
+        return max(SECTOR, backend.limits.request_alignment)  # block 0 is looked at when written
+    return backend.limits.request_alignment

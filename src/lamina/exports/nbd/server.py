@@ -49,15 +49,15 @@ class Server:
         tls: ssl.SSLContext | None = None,
         authorization: Authorization | None = None,
         log: Callable[[str], None] = log_warning,
-        on_change: Callable[[], None] = lambda: None,
+        on_end: Callable[[bool], None] = lambda served: None,
     ) -> None:
-        """With ``tls`` nothing is served in the clear. ``on_change`` is called, in some thread,
-        after a connection has begun or ended."""
+        """With ``tls`` nothing is served in the clear. ``on_end`` is called after a connection has
+        ended, in a thread of its own; ``served``: it had chosen an export."""
         self.log = log
         self._limits = limits
         self._tls = tls
         self._authorization = authorization
-        self._on_change = on_change
+        self._on_end = on_end
         self._exports: list[Export] = []
         self._connections: list[Connection] = []
         """Oldest first."""
@@ -67,8 +67,6 @@ class Server:
         os.set_blocking(self._wake_write, False)
         self._closing = False
         self._acceptor: threading.Thread | None = None
-        self.accepted = 0
-        """Connections so far."""
 
     # -- exports ---------------------------------------------------------------------------------
 
@@ -122,7 +120,6 @@ class Server:
                 carrier.close()
                 return
             self._connections.append(one)
-            self.accepted += 1
             crowd = [other for other in self._connections if other.in_handshake]
         if len(crowd) > _MOST_HANDSHAKES:
             self.log("Too many handshakes at a time: giving up the oldest")
@@ -133,14 +130,13 @@ class Server:
             carrier.close()
             self.ended(one)
             raise OSError("no more threads") from None
-        self._on_change()
 
     def ended(self, connection: Connection) -> None:
         with self._guard:
             if connection in self._connections:
                 self._connections.remove(connection)
         self._wake()
-        self._on_change()
+        self._on_end(connection.export is not None)
 
     def _wake(self) -> None:
         with suppress(OSError):  # full: the acceptor will wake up anyway; closed: nobody waits

@@ -301,7 +301,10 @@ def _preallocate(header: Header, file: Node, data_file: Node | None) -> None:
     tables_end = header.l1_table_offset + round_up(header.l1_size * 8, unit)
     end = preallocate(mapping, 0, header.size, tables_end)
     mapping.metadata.commit(counts=True)
-    extend_file(mapping, end)
+    try:
+        extend_file(mapping, end)
+    except LaminaError as error:
+        raise error.in_context("Could not resize image: ") from None
 
 
 def _new_mapping(header: Header, file: Node, data_file: Node | None) -> Qcow2Mapping:

@@ -94,7 +94,7 @@ def extend_file(mapping: Qcow2Mapping, end: int) -> None:
     """Make the file reach ``end``: what is mapped must be there."""
     file = mapping.file
     if file.size < end:
-        file.truncate(end)
+        file.truncate(end, exact=False)
         if file.size < end:
             raise StorageError("The file could not be extended")
 

@@ -43,7 +43,9 @@ class Connector:
     def connect(self, timeout: float | None = None) -> Link:
         """A connection to the export. Raises LaminaError; StorageError (ETIMEDOUT) after
         ``timeout`` seconds."""
-        carrier = _Carrier(self.address, self._tls, self._hostname, timeout)
+        carrier = _Carrier(
+            connect(self.address, timeout), self._tls, self._hostname, timeout
+        )
         try:
             agreement = steps.run(negotiate(self._wish), carrier)
             return Link(carrier.channel(), agreement)
@@ -58,27 +60,37 @@ def list_of_exports(
     """What a server offers. Raises LaminaError."""
     context = credentials.context() if credentials else None
     hostname = hostname or (address.host if address.type == "inet" else None)
-    carrier = _Carrier(address, context, hostname, None)
+    carrier = _Carrier(connect(address), context, hostname, None)
     try:
         return steps.run(list_exports(tls=context is not None), carrier)
     finally:
         carrier.close()
 
 
+def shake_hands(connection: socket.socket, export: str) -> int:
+    """Choose an export on behalf of the kernel, which knows simple replies only.
+
+    Returns the transmission flags. Raises LaminaError.
+    """
+    carrier = _Carrier(connection, None, None, None)
+    agreed = steps.run(negotiate(Wish(export, highest=Style.SIMPLE)), carrier)
+    return agreed.export.flags
+
+
 class _Carrier:
-    """Carries a handshake."""
+    """Carries a handshake; it has to be over in ``timeout`` seconds, if any."""
 
     def __init__(
         self,
-        address: SocketAddress,
+        connection: socket.socket,
         tls: ssl.SSLContext | None,
         hostname: str | None,
         timeout: float | None,
     ) -> None:
+        self._socket = connection
         self._tls = tls
         self._hostname = hostname
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._socket = connect(address, timeout)
         self._secured: ssl.SSLSocket | None = None
 
     def _limit(self) -> None:

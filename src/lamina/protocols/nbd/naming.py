@@ -98,7 +98,8 @@ def uri(kind: str, host: str, port: str, path: str, export: str, *, secure: bool
     scheme = "nbds" if secure else "nbd"
     name = _plain(export)
     if kind == "unix":
-        return f"{scheme}+unix:///{name}?socket={_plain(path)}"
+        slash = "/" if name else ""
+        return f"{scheme}+unix://{slash}{name}?socket={_plain(path)}"
     if kind == "inet":
         place = f"[{host}]" if ":" in host else host
         return f"{scheme}://{place}:{port}" + (f"/{name}" if name else "")

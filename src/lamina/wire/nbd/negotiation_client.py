@@ -99,7 +99,7 @@ def list_exports(*, tls: bool = False) -> Negotiation[tuple[Style, list[Descript
             contexts = yield from _list_contexts(name)
             export = replace(export, contexts=tuple(contexts))
         found.append(export)
-    yield Send(messages.option(nbd.OPT_ABORT))
+    yield Send(messages.option(nbd.OPT_ABORT), last=True)
     return style, found
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd import messages
 from lamina.wire.nbd.agreement import Agreement, Description, Style
-from lamina.wire.nbd.messages import Malformed
+from lamina.wire.nbd.messages import BlockSizes, Malformed
 from lamina.wire.nbd.steps import (
     Negotiation,
     ProtocolError,
@@ -104,7 +104,7 @@ class _Handshake:
                 )
                 continue
             if number == nbd.OPT_ABORT:
-                yield Send(messages.option_reply(number, nbd.REP_ACK))
+                yield Send(messages.option_reply(number, nbd.REP_ACK), last=True)
                 return None
             agreed = yield from self._option(number, length)
             if agreed is not None:
@@ -216,10 +216,15 @@ class _Handshake:
             answers.append(messages.pack_info_text(nbd.INFO_NAME, export.name))
         if export.text:
             answers.append(messages.pack_info_text(nbd.INFO_DESCRIPTION, export.text))
-        answers.append(messages.pack_info_block_size(export.sizes))
+        sizes = export.sizes
+        obedient = nbd.INFO_BLOCK_SIZE in request.wanted
+        if number == nbd.OPT_GO and not obedient:
+            # It would not know that it has to align anything; INFO may tell.
+            sizes = BlockSizes(1, sizes.preferred, sizes.maximum)
+        answers.append(messages.pack_info_block_size(sizes))
         answers.append(messages.pack_info_export(export.size, agreed.export.flags))
         out = b"".join(messages.option_reply(number, nbd.REP_INFO, one) for one in answers)
-        if export.sizes.minimum > 1 and nbd.INFO_BLOCK_SIZE not in request.wanted:
+        if sizes.minimum > 1 and not obedient:
             yield Send(out)
             yield from self._refuse(
                 number,
@@ -264,7 +269,7 @@ class _Handshake:
         contexts = self._contexts if self._contexts_of == export.name else {}
         if self._style is not Style.SIMPLE:
             flags |= nbd.SEND_DF
-        if self._style is Style.EXTENDED and contexts:
+        if self._style is Style.EXTENDED and export.contexts:
             flags |= nbd.BLOCK_STATUS_PAYLOAD
         described = Description(
             export.name, export.size, flags, export.text, export.sizes, export.contexts
