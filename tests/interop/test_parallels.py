@@ -111,10 +111,8 @@ def test_conversions(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1, 513, 10 << 20, (1 << 40) + 512])
-@pytest.mark.parametrize("cluster", ["", "1", "63k", "100000"])
+@pytest.mark.parametrize("cluster", ["", "4k", "63k", "100000"])
 def test_same_new_images(tmp_path, size, cluster):
-    if cluster == "1" and size > 1 << 30:
-        pytest.skip("a table of gigabytes")
     found = []
     for tool in ("lamina-img", "qemu-img"):
         image = tmp_path / "image"
