@@ -46,8 +46,10 @@ class BlockTable:
         byteorder: str = "little",
         stage: Stage = Stage.TABLES,
         name: str = "block allocation table",
+        node: Node | None = None,
     ) -> None:
-        """``code``: of ``array`` and ``struct``, I or Q. The caller has validated the rest."""
+        """``code``: of ``array`` and ``struct``, I or Q; ``node``: what the table is in, unless in
+        the file of ``metadata``. The caller has validated the rest."""
         self.host_offset = host_offset
         self.entries = entries
         self.code = code
@@ -60,6 +62,7 @@ class BlockTable:
             capacity=CHUNKS * CHUNK,
             stage=stage,
             name=name,
+            node=node,
         )
 
     def _chunk(self, at: int) -> tuple[int, bytearray]:

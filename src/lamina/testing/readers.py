@@ -11,6 +11,7 @@ import errno
 import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -33,8 +34,12 @@ class ReaderConformance:
         """A node, opened for reading, whose disk holds ``content``."""
         raise NotImplementedError
 
+    path: Path
+    """A directory of the test's own."""
+
     @pytest.fixture(autouse=True)
-    def _disk(self) -> Iterator[None]:
+    def _disk(self, tmp_path: Path) -> Iterator[None]:
+        self.path = tmp_path
         dice = random.Random(type(self).__name__)
         kinds = (
             lambda: dice.randbytes(STEP),

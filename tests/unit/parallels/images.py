@@ -45,9 +45,12 @@ def open_image(
     return Disk(context, lambda disk: ParallelsMapping(disk, options, context))
 
 
-def verify(content: bytes, fix: Fix = Fix()) -> tuple[CheckResult, list[str], bytes]:
+NOTHING = Fix()
+
+
+def verify(content: bytes, fix: Fix = NOTHING) -> tuple[CheckResult, list[str], bytes]:
     """What a check says, its lines, and the file afterwards."""
-    read_only = fix == Fix()
+    read_only = fix == NOTHING
     file = MemoryFile(content, NodeOptions(read_only=read_only, filename="memory"))
     disk = open_image(file, check=True)
     lines: list[str] = []
@@ -79,4 +82,5 @@ def bitmap_feature(
 ) -> bytes:
     data = struct.pack("<Q16sII", sectors, identity, granularity, len(places))
     data += struct.pack(f"<{len(places)}Q", *places)
-    return struct.pack("<QQII", magic, flags, len(data), 0) + data.ljust(-(-len(data) // 8) * 8, b"\0")
+    head = struct.pack("<QQII", magic, flags, len(data), 0)
+    return head + data.ljust(round_up(len(data), 8), b"\0")

@@ -96,7 +96,8 @@ class BundleMapping(ReadOnlyMapping):
             return ready
         role = f"image.{image.guid}"
         node = self._context.open_named(role, image.filename, driver=None, relative_to=self.disk)
-        assert node is not None
+        if node is None:
+            raise ImageUnsupported("The images of a bundle are not open", format="parallels")
         self.disk.attach(role, node)
         if image.plain:
             layer = Layer(node, None, 0, 0)
@@ -165,8 +166,8 @@ def _append(extents: list[Extent], extent: Extent) -> None:
     if extents:
         last = extents[-1]
         adjoins = last.host_offset + last.length == extent.host_offset
-        if last.kind is extent.kind and last.node is extent.node:
-            if extent.kind is Kind.ZERO or adjoins:
-                extents[-1] = last._replace(length=last.length + extent.length)
-                return
+        alike = last.kind is extent.kind and last.node is extent.node
+        if alike and (adjoins or extent.kind is Kind.ZERO):
+            extents[-1] = last._replace(length=last.length + extent.length)
+            return
     extents.append(extent)

@@ -1,7 +1,7 @@
 """``DiskDescriptor.xml``: the images that a bundle consists of (``docs/interop/prl-xml.rst``).
 
-A bundle (``disk.hdd``) is a directory with this file and images: a root, and overlays for snapshots,
-each of which holds what changed since its parent. The guest writes to the one on top.
+A bundle (``disk.hdd``) is a directory with this file and images: a root, and overlays, which hold
+what changed since the snapshot that is their parent. The guest writes to the one on top.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Descriptor:
 
 def looks_like_descriptor(head: bytes) -> bool:
     """Whether these first bytes of a file are those of a descriptor."""
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and ROOT.encode() in head
+    return head.lstrip(b"\xef\xbb\xbf").startswith(b"<") and b"<" + ROOT.encode() in head
 
 
 def parse_descriptor(data: bytes) -> Descriptor:
@@ -105,8 +105,11 @@ def parse_descriptor(data: bytes) -> Descriptor:
 def _image(element: Element) -> Image:
     kind = _text(element, "Type")
     if kind not in ("Plain", "Compressed"):
-        raise ImageUnsupported(f"Images of type '{kind[:40]}' are not supported", format="parallels")
-    return Image(_guid(element, "GUID"), _text(element, "File"), kind == "Plain")
+        raise ImageUnsupported(f"Image type '{kind[:40]}' is not supported", format="parallels")
+    name = _text(element, "File")
+    if ":" in name.partition("/")[0]:
+        _bad("File names no local file", "File")
+    return Image(_guid(element, "GUID"), name, kind == "Plain")
 
 
 def _snapshots(root: Element) -> tuple[dict[str, str], str]:

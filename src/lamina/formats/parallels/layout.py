@@ -84,7 +84,7 @@ class Header:
         return self.table_end <= start <= file_size
 
     def pack(self) -> bytes:
-        cylinders = -(-self.sectors // (HEADS * SECTORS_PER_TRACK))
+        cylinders = self.sectors // (HEADS * SECTORS_PER_TRACK)
         return _HEADER.pack(
             MAGIC_CLUSTERS if self.by_cluster else MAGIC_SECTORS,
             VERSION,

@@ -18,7 +18,7 @@ from lamina.block.limits import Preallocation
 from lamina.engine.blocktable import BlockMapping, BlockTable
 from lamina.engine.mapping import Reservation
 from lamina.engine.metadata import Metadata, Stage
-from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
+from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, UsageError
 from lamina.formats.parallels.allocation import ClusterReservation, Clusters, Growth, freeing
 from lamina.formats.parallels.layout import (
     CLOSED,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lamina.formats.parallels.extension import Extension
     from lamina.formats.parallels.options import ParallelsOptions
 
+_PREALLOCATION = {"falloc": Preallocation.FALLOC, "truncate": Preallocation.OFF}
 _STATE = struct.Struct("<IIIQ")
 """The fields of the header that change: in_use, data_off, flags, ext_off."""
 
@@ -74,8 +75,11 @@ class ParallelsMapping(BlockMapping):
             self.prepare_to_write()
 
     def _growth(self) -> Growth:
-        fallocated = self.options.prealloc_mode == "falloc"
-        mode = Preallocation.FALLOC if fallocated else Preallocation.OFF
+        mode = _PREALLOCATION.get(self.options.prealloc_mode)
+        if mode is None:
+            raise UsageError(
+                f"invalid parameter value: {self.options.prealloc_mode}", field="prealloc-mode"
+            )
         return Growth(self.file, mode, self.options.prealloc_size)
 
     # -- the format extension --------------------------------------------------------------------

@@ -12,8 +12,8 @@ class ParallelsOptions:
     prealloc_mode: str = option(
         "prealloc-mode",
         default="falloc",
-        choices=("falloc", "truncate"),
-        help="How space is set aside when the file grows: allocated, or only its length changed",
+        help="How space is set aside when the file grows: falloc (allocated) or truncate (only "
+        "its length changed)",
     )
     prealloc_size: int = option(
         "prealloc-size",
