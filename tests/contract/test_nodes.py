@@ -175,6 +175,15 @@ class TestQed(OnImage):
     shrinks = False
 
 
+class TestVdi(OnImage):
+    format = "vdi"
+
+
+class TestStaticVdi(OnImage):
+    format = "vdi"
+    creation = {"static": "on"}
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("losetup") is None,
     reason="needs root and losetup",

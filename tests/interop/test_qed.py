@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lamina.block.backend import Backend
 from lamina.block.creation import create_image
 from lamina.block.driver import Fix
 from lamina.block.registry import driver
 from lamina.block.session import Session
+from tests.interop.exchange import exercise, exercise_theirs, opened, run, same, sound
 
 pytestmark = [
     pytest.mark.peer,
@@ -30,13 +30,6 @@ KINDS = {
 }
 
 
-def run(*command: object, status: int = 0) -> str:
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def base(home: Path, kind: str) -> bytearray:
     if kind != "backed":
         return bytearray(SIZE)
@@ -45,55 +38,19 @@ def base(home: Path, kind: str) -> bytearray:
     return bytearray(content.ljust(SIZE, b"\0"))
 
 
-def opened(image: Path) -> Backend:
-    return Backend.open(str(image), session=Session(), format="qed", writable=True)
-
-
-def exercise(image: Path, content: bytearray, rng: random.Random) -> None:
-    with opened(image) as disk:
-        for _ in range(40):
-            offset = rng.randrange(0, SIZE - 1)
-            length = min(rng.randrange(1, 90_000), SIZE - offset)
-            payload = bytes(length)
-            if rng.random() < 0.3:
-                disk.write_zeroes(offset, length)
-            else:
-                payload = rng.randbytes(length)
-                disk.write(offset, payload)
-            content[offset : offset + length] = payload
-        assert disk.read(0, SIZE) == content
-
-
-def exercise_theirs(image: Path, content: bytearray, rng: random.Random) -> None:
-    commands: list[str] = []
-    for _ in range(30):
-        offset = rng.randrange(0, SIZE - 70_000, 512)
-        length = rng.randrange(512, 60_000, 512)
-        pattern = rng.randrange(0, 256)
-        content[offset : offset + length] = bytes([pattern]) * length
-        zero = "-z" if pattern == 0 else f"-P {pattern}"
-        commands += ["-c", f"write {zero} {offset} {length}"]
-    run("qemu-io", "-f", "qed", *commands, image)
-
-
-def same(image: Path, content: bytearray) -> None:
-    raw = image.with_suffix(".raw")
-    raw.write_bytes(content)
-    run("qemu-img", "compare", "-f", "qed", "-F", "raw", image, raw)
-    assert "No errors were found" in run("qemu-img", "check", "-f", "qed", image)
-
-
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_both_ways(tmp_path: Path, kind: str) -> None:
     content = base(tmp_path, kind)
     image = tmp_path / "image.qed"
     rng = random.Random(kind)
     create_image(str(image), "qed", session=Session(), options=KINDS[kind], size=SIZE)
-    exercise(image, content, rng)
-    same(image, content)
-    exercise_theirs(image, content, rng)
-    exercise(image, content, rng)
-    same(image, content)
+    exercise(image, "qed", content, rng)
+    same(image, "qed", content)
+    sound(image, "qed")
+    exercise_theirs(image, "qed", content, rng)
+    exercise(image, "qed", content, rng)
+    same(image, "qed", content)
+    sound(image, "qed")
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -121,10 +78,7 @@ def test_checks_agree(tmp_path: Path, value: int, fix: list[str]) -> None:
     command = ["qemu-img", "check", "-f", "qed", "--output=json", *fix, str(image)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     theirs = json.loads(done.stdout)
-    disk = Backend.open(
-        str(ours), session=Session(), format="qed", writable=bool(fix), check=True
-    )
-    with disk:
+    with opened(ours, "qed", writable=bool(fix), check=True) as disk:
         qed = driver("qed")
         found = qed.check(disk.node, Fix(leaks=bool(fix)), lambda line: None)
         fixed = found.corruptions_fixed
@@ -142,14 +96,15 @@ def test_repaired_images_satisfy_qemu(tmp_path: Path) -> None:
     image = tmp_path / "image.qed"
     create_image(str(image), "qed", session=Session(), size=SIZE)
     content = bytearray(SIZE)
-    exercise(image, content, random.Random(1))
+    exercise(image, "qed", content, random.Random(1))
     data = bytearray(image.read_bytes())
     data[16] |= 2
     image.write_bytes(bytes(data) + b"x" * 200_000)
     run("qemu-img", "check", "-f", "qed", image, status=3)
     # Opening it for writing is what repairs it.
-    with opened(image) as disk:
+    with opened(image, "qed") as disk:
         disk.write(0, b"x")
     content[0] = ord("x")
-    same(image, content)
+    same(image, "qed", content)
+    sound(image, "qed")
     assert image.read_bytes()[16] == 0

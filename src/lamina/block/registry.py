@@ -21,6 +21,7 @@ _FORMATS = {
     "qcow2": "lamina.formats.qcow2:DRIVER",
     "qed": "lamina.formats.qed:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
+    "vdi": "lamina.formats.vdi:DRIVER",
     "vhdx": "lamina.formats.vhdx:DRIVER",
     "vmdk": "lamina.formats.vmdk:DRIVER",
 }

@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.engine.coalescing import columns_of_units, extents_of_units
@@ -31,6 +31,8 @@ CHUNK = 1 << 20
 """Bytes of a table that are loaded at once: a huge, sparse one is not loaded as a whole."""
 CHUNKS = 16
 """So many are kept while they are clean."""
+FEW = 1 << 14
+"""Entries that are looked at one by one rather than loading numpy."""
 
 
 class BlockTable:
@@ -105,6 +107,19 @@ class BlockTable:
         for index, data in self._bytes(first, count):
             yield index, np.frombuffer(data, dtype=kind).astype(np.int64)
 
+    def highest(self, special: Collection[int]) -> int:
+        """The largest entry but for those in ``special``; -1: there is no other."""
+        found = -1
+        if self.entries <= FEW:
+            for _, run in self.runs(0, self.entries):
+                found = max(found, max((n for n in run if n not in special), default=-1))
+            return found
+        for _, column in self.columns(0, self.entries):
+            for value in special:
+                column = column[column != value]
+            found = max(found, int(column.max(initial=-1)))
+        return found
+
     def _bytes(self, first: int, count: int) -> Iterator[tuple[int, bytearray]]:
         at, end = first * self.entry_bytes, (first + count) * self.entry_bytes
         while at < end:
@@ -122,8 +137,8 @@ class BlockMapping(Mapping):
     its block at host offset ``base + n * scale``.
     """
 
-    special: ClassVar[dict[int, Kind]]
-    zero_entry: ClassVar[int | None] = None
+    special: dict[int, Kind]
+    zero_entry: int | None = None
     """What to write over BELOW to have a block read as zeroes; None: the format cannot say it."""
     file: Node
     table: BlockTable

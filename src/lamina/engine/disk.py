@@ -52,7 +52,8 @@ class Disk(Node):
         super().__init__(context.node_options)
         self.context = context
         self.lock = threading.RLock()
-        self.ranges = Ranges(threading.Condition(self.lock))
+        self._changed = threading.Condition(self.lock)
+        self.ranges = Ranges(self._changed)
         self.units = UnitCache()
         self.reader = Reader(self)
         self.writer = Writer(self)
@@ -272,6 +273,15 @@ class Disk(Node):
             finally:
                 self.units.forget()
                 self.ranges.release(hold)
+
+    def drain_reads(self) -> None:
+        """Wait until no read that began before this is in flight: nobody looks at old places then.
+
+        With the lock held, which others may have while this waits: tables are consistent now.
+        """
+        since = self.pins.now
+        while self.pins.oldest < since:
+            self._changed.wait(0.001)
 
     # -- VM state --------------------------------------------------------------------------------
 
