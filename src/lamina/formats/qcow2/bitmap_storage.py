@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.bitset import CHUNK_BYTES
@@ -20,6 +21,7 @@ from lamina.formats.qcow2.bitmap_layout import (
     TABLE_OFFSET_MASK,
     BitmapEntry,
     check_entry,
+    check_loadable,
     check_table,
     parse_directory,
     table_entries,
@@ -40,8 +42,8 @@ BATCH = 4 << 20
 # -- reading -------------------------------------------------------------------------------------
 
 
-def read_directory(file: Node, extension: BitmapsExtension) -> list[BitmapEntry]:
-    """The entries as they are. Raises ImageCorrupt where they cannot be told apart."""
+def read_directory(file: Node, extension: BitmapsExtension) -> Iterator[BitmapEntry]:
+    """The entries as they are. Raises ImageCorrupt, ImageUnsupported where there is none."""
     offset, size = extension.directory_offset, extension.directory_size
     if offset + size > MAX_OFFSET:
         raise _error("Failed to read bitmap directory: Input/output error", errno.EIO)
@@ -53,13 +55,18 @@ def read_directory(file: Node, extension: BitmapsExtension) -> list[BitmapEntry]
 def read_bitmaps(file: Node, header: Header) -> list[BitmapEntry]:
     """The entries of the directory, if they and their tables keep the rules.
 
-    What bitmaps in use hold is nobody's business. Raises ImageCorrupt, in QEMU's words.
+    What bitmaps in use hold is nobody's business. Raises ImageCorrupt, ImageUnsupported, in QEMU's
+    words.
     """
     assert header.bitmaps is not None
-    entries = read_directory(file, header.bitmaps)
+    entries = []
+    for index, entry in enumerate(read_directory(file, header.bitmaps)):
+        check_entry(entry, index, header)
+        entries.append(entry)
     names: set[str] = set()
     for index, entry in enumerate(entries):
-        check_entry(entry, index, header)
+        if not entry.flags & IN_USE:
+            check_loadable(entry, index, header)
         if entry.name in names:
             raise _error(f"Bitmap already exists: {entry.name}", errno.EINVAL)
         names.add(entry.name)
@@ -146,7 +153,9 @@ def store_bits(
             table[index] = host
         else:
             elsewhere.append(index)
-    place = entry.table_offset if entry is not None and len(old) == size else 0
+    place = 0
+    if entry is not None and len(old) == size and _is_ours(mapping, entry):
+        place = entry.table_offset
     taken: list[tuple[int, int]] = []
     try:
         if elsewhere:
@@ -164,14 +173,22 @@ def store_bits(
         for host, clusters in taken:
             mapping.allocator.cancel(host, clusters)
         raise
-    _put_table(mapping, place, table, old if len(old) == size and entry is not None else None)
+    stays = entry is not None and place == entry.table_offset
+    _put_table(mapping, place, table, old if stays else None)
     left = [
         word for index, word in enumerate(old) if index >= size or table[index] != word
     ]
     freed = [Freed(word >> header.cluster_bits, 1) for word in left if word & TABLE_OFFSET_MASK]
-    if entry is not None and place != entry.table_offset:
+    if entry is not None and not stays:
         freed.append(_table_run(header, entry))
     return Table(place, size, freed)
+
+
+def _is_ours(mapping: Qcow2Mapping, entry: BitmapEntry) -> bool:
+    """The table lies in clusters that are counted, once each: it may be written in place."""
+    run = _table_run(mapping.header, entry)
+    clusters = range(run.first, run.first + run.clusters)
+    return all(mapping.refcounts.get(cluster) == 1 for cluster in clusters)
 
 
 _MIXED = 2

@@ -162,6 +162,11 @@ class Bitmaps:
         assert self._mapping.disk is not None
         untrack(self._mapping.disk, dirty)
 
+    def remove_all(self) -> None:
+        """The same for every bitmap."""
+        for dirty in [item.dirty for item in self.items]:
+            self.remove(dirty)
+
     def change(self, dirty: DirtyBitmap) -> None:
         """This bitmap is about to change other than by what is written to the disk.
 
