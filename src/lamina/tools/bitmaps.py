@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lamina.errors import LaminaError
-from lamina.tools.tool import EXIT_FAILURE, Exit
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.tools.tool import Tool
 
 
-def store_bitmaps(node: Node, tool: Tool) -> None:
-    """Bring the bitmaps of ``node`` to its image; ends the command if that fails."""
+def store_bitmaps(node: Node, tool: Tool) -> bool:
+    """Bring the bitmaps of ``node`` to its image; False, and said so, if that fails."""
     from lamina.block import registry
 
     try:
@@ -22,5 +21,10 @@ def store_bitmaps(node: Node, tool: Tool) -> None:
         tool.error(
             f"Lost persistent bitmaps during inactivation of node '{node.name}': {error}"
         )
-        tool.error("Error while closing the image: Invalid argument")
-        raise Exit(EXIT_FAILURE) from None
+        return False
+    return True
+
+
+def fail_to_close(tool: Tool) -> NoReturn:
+    """End the command for which bitmaps could not be stored."""
+    tool.fail("Error while closing the image: Invalid argument")

@@ -342,10 +342,11 @@ def _check_target_bitmaps(target: Backend) -> None:
 
 def _copy_bitmaps(source: Backend, target: Backend, tool: Tool) -> None:
     from lamina.jobs.bitmaps import copy_bitmaps
-    from lamina.tools.bitmaps import store_bitmaps
+    from lamina.tools.bitmaps import fail_to_close, store_bitmaps
 
     copy_bitmaps(source.node.unfiltered, target.node.unfiltered, warn=tool.warn)
-    store_bitmaps(target.node.unfiltered, tool)
+    if not store_bitmaps(target.node.unfiltered, tool):
+        fail_to_close(tool)
 
 
 # -- the target's content --------------------------------------------------------------------------
