@@ -31,6 +31,11 @@ class Bitset:
         self.changed: set[int] = set()
         """Numbers of the chunks that are not what they were when this was emptied last."""
 
+    @property
+    def chunks(self) -> list[int]:
+        """Numbers of the chunks that exist: in all others no bit is set."""
+        return list(self._chunks)
+
     # -- single bits and runs --------------------------------------------------------------------
 
     def add(self, bit: int) -> None:

@@ -70,8 +70,13 @@ class DirtyBitmap:
 
     @property
     def is_changed(self) -> bool:
-        """Bits are not what storage has, or had when ``changed`` was emptied."""
+        """Bits are not what storage has (``stored``)."""
         return bool(self._bits.changed)
+
+    def stored(self) -> None:
+        """Storage has these bits now."""
+        with self._lock:
+            self._bits.changed.clear()
 
     def load(self) -> None:
         """Have the bits in memory. Raises what reading them raises."""

@@ -73,8 +73,6 @@ class Driver:
     supports_backing = False
     supports_compression = False
     """New images can be filled by compressed writes."""
-    supports_bitmaps = False
-    """Images can keep dirty bitmaps."""
     creates_zeroes = False
     """Protocols: what ``create_file`` makes reads as zeroes."""
     strong_options: tuple[str, ...] = ()
@@ -158,6 +156,10 @@ class Driver:
         raise ImageUnsupported("Operation not supported")
 
     # -- dirty bitmaps kept in the image -----------------------------------------------------------
+
+    def keeps_bitmaps(self, node: Node) -> bool:
+        """Whether this image can."""
+        return False
 
     def add_bitmap(self, node: Node, name: str, granularity: int | None) -> None:
         """A new bitmap that records; ``granularity`` in bytes, None: what suits the image."""

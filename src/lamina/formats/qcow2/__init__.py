@@ -27,7 +27,6 @@ class Qcow2Driver(Driver):
     is_format = True
     supports_backing = True
     supports_compression = True
-    supports_bitmaps = True
     strong_options = ("encrypt.format", "encrypt.key-secret")
 
     def open(self, options: Qcow2Options, context: OpenContext) -> Node:
@@ -113,6 +112,14 @@ class Qcow2Driver(Driver):
 
         with _exclusive(node) as mapping:
             load(mapping, name)
+
+    def keeps_bitmaps(self, node: Node) -> bool:
+        from lamina.engine.disk import Disk
+        from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+        assert isinstance(node, Disk)
+        mapping = node.mapping
+        return isinstance(mapping, Qcow2Mapping) and mapping.header.version >= 3
 
     def add_bitmap(self, node: Node, name: str, granularity: int | None) -> None:
         with _exclusive(node) as mapping:

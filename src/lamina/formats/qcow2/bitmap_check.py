@@ -9,11 +9,13 @@ import numpy as np
 from lamina.errors import ImageCorrupt
 from lamina.formats.qcow2.arrays import read_words
 from lamina.formats.qcow2.bitmap_layout import (
+    IN_USE,
     TABLE_ALL_ONES,
     TABLE_OFFSET_MASK,
     TABLE_RESERVED,
     BitmapEntry,
     check_entry,
+    check_loadable,
 )
 from lamina.formats.qcow2.bitmap_storage import read_directory
 from lamina.formats.qcow2.entries import beyond
@@ -48,28 +50,31 @@ class BitmapWalk:
             return
         walk.count_region(offset, size)
         try:
-            entries = read_directory(walk.file, extension)
+            entries = list(read_directory(walk.file, extension))
         except ImageCorrupt as error:
             self._damaged(f" bitmap directory: {error}")
             return
         names: set[str] = set()
         tables = 0
         for index, entry in enumerate(entries):
-            problem = ""
-            tables += entry.table_size * 8
             try:
                 check_entry(entry, index, walk.header)
+                if not entry.flags & IN_USE:
+                    check_loadable(entry, index, walk.header)
             except ImageCorrupt as error:
-                problem = str(error)
+                self._damaged(f" bitmap directory entry {index}: {error}")
+                continue
             if entry.name in names:
-                problem = f"Bitmap already exists: {entry.name}"
-            elif tables > walk.file_size:
-                problem = f"Bitmap '{entry.name}': table behind the end of the file"
-            if problem:
-                self._damaged(f" bitmap directory entry {index}: {problem}")
-            else:
-                names.add(entry.name)
-                self._bitmap(entry)
+                self._damaged(
+                    f" bitmap directory entry {index}: Bitmap already exists: {entry.name}"
+                )
+                continue
+            names.add(entry.name)
+            tables += entry.table_size * 8
+            if tables > walk.file_size:
+                self._damaged(f" bitmap '{entry.name}': all tables are larger than the file")
+                continue
+            self._bitmap(entry)
 
     def _damaged(self, *messages: str) -> None:
         for message in messages:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from lamina.errors import ImageCorrupt
+from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.qcow2.layout import MAX_OFFSET
 from lamina.records import dataclass
 from lamina.units import MIB, round_up
@@ -72,39 +72,40 @@ class BitmapEntry:
         return round_up(_ENTRY.size + len(_bytes(self.name)), 8)
 
 
-def parse_directory(directory: bytes, count: int) -> list[BitmapEntry]:
-    """Exactly ``count`` entries that fill ``directory``. Raises ImageCorrupt.
+def parse_directory(directory: bytes, count: int) -> Iterator[BitmapEntry]:
+    """Exactly ``count`` entries that fill ``directory``, one by one.
 
-    Whether an entry suits the image is for ``check_entry`` to say.
+    Raises ImageCorrupt where there is none, ImageUnsupported for one with extra data. Whether an
+    entry suits the image is for ``check_entry`` to say.
     """
-    entries: list[BitmapEntry] = []
     if not directory:
         raise _error("Requested bitmap directory size is zero", 0, 0)
-    position = 0
+    index = position = 0
     while position < len(directory):
         if position + _ENTRY.size > len(directory):
-            raise _error("Broken bitmap directory", len(entries), position)
+            raise _error("Broken bitmap directory", index, position)
         offset, size, flags, type, granularity, name_size, extra_size = _ENTRY.unpack_from(
             directory, position
         )
+        if extra_size:
+            raise ImageUnsupported(
+                "Bitmap extra data is not supported",
+                format="qcow2",
+                structure="bitmap directory",
+                offset=position,
+            )
         start = position + _ENTRY.size
         end = start + name_size
-        if extra_size:
-            raise _error("Bitmap extra data is not supported", len(entries), position)
         if round_up(end, 8) > len(directory):
-            raise _error("Broken bitmap directory", len(entries), position)
-        if len(entries) >= count:
-            raise _error(
-                "More bitmaps found than specified in header extension", len(entries), position
-            )
+            raise _error("Broken bitmap directory", index, position)
+        if index >= count:
+            raise _error("More bitmaps found than specified in header extension", index, position)
         name = directory[start:end].decode("utf-8", "surrogateescape")
-        entries.append(BitmapEntry(name, offset, size, flags, granularity, type))
+        yield BitmapEntry(name, offset, size, flags, granularity, type)
         position = round_up(end, 8)
-    if len(entries) < count:
-        raise _error(
-            "Less bitmaps found than specified in header extension", len(entries), position
-        )
-    return entries
+        index += 1
+    if index < count:
+        raise _error("Less bitmaps found than specified in header extension", index, position)
 
 
 def check_entry(entry: BitmapEntry, index: int, header: Header) -> None:
@@ -126,8 +127,10 @@ def check_entry(entry: BitmapEntry, index: int, header: Header) -> None:
     if not fits:
         shown = entry.name.split("\0")[0]
         raise _error(f"Bitmap '{shown}' doesn't satisfy the constraints", index, 0)
-    if entry.flags & IN_USE:
-        return
+
+
+def check_loadable(entry: BitmapEntry, index: int, header: Header) -> None:
+    """The same for what only matters to who reads the bits of a bitmap that is not in use."""
     if entry.table_offset + entry.table_size * 8 > MAX_OFFSET:
         raise _error(_UNREADABLE_TABLE.format(entry.name, "Input/output error"), index, 0)
     if entry.table_size != table_entries(header, entry.granularity):

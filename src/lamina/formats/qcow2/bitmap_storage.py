@@ -1,17 +1,17 @@
 """Reading and writing persistent bitmaps: the directory, and the table and the bits of each.
 
-Clusters are written in place where they hold nothing but these bits. That is safe because the
-directory says meanwhile that the bitmap is in use: after a crash nobody relies on it.
+A bitmap that is stored goes to new clusters: what the directory names is never written to. Of a
+large one, those clusters of bits that did not change stay.
 """
 
 from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.bitset import CHUNK_BYTES
-from lamina.engine.metadata import Stage
 from lamina.errors import ImageCorrupt
 from lamina.formats.qcow2.allocation import Freed
 from lamina.formats.qcow2.bitmap_layout import (
@@ -20,6 +20,7 @@ from lamina.formats.qcow2.bitmap_layout import (
     TABLE_OFFSET_MASK,
     BitmapEntry,
     check_entry,
+    check_loadable,
     check_table,
     parse_directory,
     table_entries,
@@ -29,19 +30,22 @@ from lamina.formats.qcow2.refcounts import read_table, to_big_endian
 
 if TYPE_CHECKING:
     from lamina.block.bitset import Bitset
+    from lamina.block.dirty import DirtyBitmap
     from lamina.block.node import Node
     from lamina.formats.qcow2.layout import BitmapsExtension, Header
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 BATCH = 4 << 20
 """Bytes of bits that are read or written at once."""
+LARGE = 4 << 20
+"""Bytes of bits from which on it pays to leave alone what did not change."""
 
 
 # -- reading -------------------------------------------------------------------------------------
 
 
-def read_directory(file: Node, extension: BitmapsExtension) -> list[BitmapEntry]:
-    """The entries as they are. Raises ImageCorrupt where they cannot be told apart."""
+def read_directory(file: Node, extension: BitmapsExtension) -> Iterator[BitmapEntry]:
+    """The entries as they are. Raises ImageCorrupt, ImageUnsupported where there is none."""
     offset, size = extension.directory_offset, extension.directory_size
     if offset + size > MAX_OFFSET:
         raise _error("Failed to read bitmap directory: Input/output error", errno.EIO)
@@ -53,13 +57,18 @@ def read_directory(file: Node, extension: BitmapsExtension) -> list[BitmapEntry]
 def read_bitmaps(file: Node, header: Header) -> list[BitmapEntry]:
     """The entries of the directory, if they and their tables keep the rules.
 
-    What bitmaps in use hold is nobody's business. Raises ImageCorrupt, in QEMU's words.
+    What bitmaps in use hold is nobody's business. Raises ImageCorrupt, ImageUnsupported, in QEMU's
+    words.
     """
     assert header.bitmaps is not None
-    entries = read_directory(file, header.bitmaps)
+    entries = []
+    for index, entry in enumerate(read_directory(file, header.bitmaps)):
+        check_entry(entry, index, header)
+        entries.append(entry)
     names: set[str] = set()
     for index, entry in enumerate(entries):
-        check_entry(entry, index, header)
+        if not entry.flags & IN_USE:
+            check_loadable(entry, index, header)
         if entry.name in names:
             raise _error(f"Bitmap already exists: {entry.name}", errno.EINVAL)
         names.add(entry.name)
@@ -107,71 +116,111 @@ def load_bits(file: Node, header: Header, entry: BitmapEntry, bits: Bitset) -> N
 # -- writing -------------------------------------------------------------------------------------
 
 
-class Table(NamedTuple):
+class Stored(NamedTuple):
     """Where a bitmap went."""
 
-    offset: int
-    size: int
+    table_offset: int
+    table_size: int
     """Entries."""
+    taken: list[Freed]
+    """What was allocated for it, to be cancelled should the directory not name it after all."""
     freed: list[Freed]
-    """What held the bitmap before, to be given back once the directory names ``offset``."""
+    """What held the bitmap before, to be given back once the directory names the new table."""
 
 
-def store_bits(
-    mapping: Qcow2Mapping, entry: BitmapEntry | None, granularity: int, bits: Bitset
-) -> Table:
-    """Write those of ``bits`` that changed, and have the table written that names them.
+def store_bits(mapping: Qcow2Mapping, entry: BitmapEntry | None, dirty: DirtyBitmap) -> Stored:
+    """Write a bitmap to new clusters, and a table that names them.
 
-    ``entry``: where the bitmap is now; None: nowhere. If this raises, nothing was taken and no
-    table changes. Raises ImageCorrupt, StorageError.
+    ``entry``: where it is now; None: nowhere. If this raises, nothing was taken and nothing that
+    the directory names has changed. Raises ImageCorrupt, StorageError.
     """
     header, unit = mapping.header, mapping.header.cluster_size
+    size = table_entries(header, dirty.granularity)
     old = array("Q")
     if entry is not None:
         old = read_table(mapping.file, entry.table_offset, entry.table_size)
         check_table(old, entry, header)
-    size = table_entries(header, granularity)
-    table = old[:size]
-    table.extend([0] * (size - len(table)))
-    in_place: list[tuple[int, int]] = []
-    elsewhere: list[int] = []
-    for index in _changed_clusters(bits, unit, size):
-        table[index] = _summary(bits.read(index * unit, unit))
+    large = sum(map(_names_cluster, old)) * unit > LARGE
+    table = array("Q", [0]) * size
+    if large:
+        table = old[:size] + table[len(old) :]
+    taken: list[Freed] = []
+    try:
+        if not large or dirty.is_changed:
+            with dirty.bits() as bits:
+                chunks = bits.changed if large else bits.chunks
+                _write_clusters(mapping, bits, _clusters(chunks, unit, size), table, taken)
+        place = write_new(mapping, to_big_endian(table), "bitmap table", taken)
+    except BaseException:
+        cancel(mapping, taken)
+        raise
+    left = (word for index, word in enumerate(old) if index >= size or table[index] != word)
+    freed = [Freed(word >> header.cluster_bits, 1) for word in left if _names_cluster(word)]
+    if entry is not None:
+        freed.append(_table_run(header, entry))
+    return Stored(place, size, taken, freed)
+
+
+def _names_cluster(word: int) -> bool:
+    return word & TABLE_OFFSET_MASK != 0
+
+
+def _write_clusters(
+    mapping: Qcow2Mapping,
+    bits: Bitset,
+    clusters: Iterable[int],
+    table: array[int],
+    taken: list[Freed],
+) -> None:
+    """Write these clusters of bits, and enter in ``table`` where they are."""
+    unit = mapping.header.cluster_size
+    writes: list[tuple[int, bytes]] = []
+    for index in clusters:
+        data = bits.read(index * unit, unit)
+        table[index] = _summary(data)
         if table[index] != _MIXED:
             continue
-        host = old[index] & TABLE_OFFSET_MASK if index < len(old) else 0
-        if host and mapping.refcounts.get(host >> header.cluster_bits) == 1:
-            mapping.overlap.check(host, unit)
-            in_place.append((index, host))
-            table[index] = host
-        else:
-            elsewhere.append(index)
-    place = entry.table_offset if entry is not None and len(old) == size else 0
-    taken: list[tuple[int, int]] = []
-    try:
-        if elsewhere:
-            host = mapping.allocator.allocate(len(elsewhere), "bitmap data")
-            taken.append((host, len(elsewhere)))
-            for number, index in enumerate(elsewhere):
-                table[index] = host + number * unit
-        if not place:
-            clusters = -(-size * 8 // unit)
-            place = mapping.allocator.allocate_table(clusters, "bitmap table")
-            taken.append((place, clusters))
-        written = in_place + [(index, table[index]) for index in elsewhere]
-        _write_clusters(mapping, bits, sorted(written))
-    except BaseException:
-        for host, clusters in taken:
-            mapping.allocator.cancel(host, clusters)
-        raise
-    _put_table(mapping, place, table, old if len(old) == size and entry is not None else None)
-    left = [
-        word for index, word in enumerate(old) if index >= size or table[index] != word
-    ]
-    freed = [Freed(word >> header.cluster_bits, 1) for word in left if word & TABLE_OFFSET_MASK]
-    if entry is not None and place != entry.table_offset:
-        freed.append(_table_run(header, entry))
-    return Table(place, size, freed)
+        table[index] = host = _take(mapping, 1, "bitmap data", taken)
+        writes.append((host, data))
+        if len(writes) * unit >= BATCH:
+            _write(mapping, writes)
+    _write(mapping, writes)
+
+
+def write_new(mapping: Qcow2Mapping, data: bytes, what: str, taken: list[Freed]) -> int:
+    """Write a table, or a directory, to new clusters; their host offset."""
+    place = _take(mapping, -(-len(data) >> mapping.header.cluster_bits), what, taken)
+    _write(mapping, [(place, data)])
+    return place
+
+
+def _take(mapping: Qcow2Mapping, clusters: int, what: str, taken: list[Freed]) -> int:
+    host = mapping.allocator.allocate_behind(clusters, what)
+    taken.append(Freed(host >> mapping.header.cluster_bits, clusters))
+    return host
+
+
+def cancel(mapping: Qcow2Mapping, taken: Iterable[Freed]) -> None:
+    """Give back what was taken, which nothing names. Never raises."""
+    for run in taken:
+        mapping.allocator.cancel(run.first << mapping.header.cluster_bits, run.clusters)
+
+
+def _write(mapping: Qcow2Mapping, writes: list[tuple[int, bytes]]) -> None:
+    if writes:
+        mapping.file.writev(writes)
+        mapping.metadata.data_written(mapping.file)
+        writes.clear()
+
+
+def _clusters(chunks: Iterable[int], unit: int, size: int) -> list[int]:
+    """The clusters of a bitmap that hold these chunks of bits, in order."""
+    clusters: set[int] = set()
+    for number in chunks:
+        first = number * CHUNK_BYTES // unit
+        last = ((number + 1) * CHUNK_BYTES - 1) // unit
+        clusters.update(range(first, min(last + 1, size)))
+    return sorted(clusters)
 
 
 _MIXED = 2
@@ -184,42 +233,6 @@ def _summary(data: bytes) -> int:
     if zeroes == len(data):
         return 0
     return TABLE_ALL_ONES if not zeroes and data.count(0xFF) == len(data) else _MIXED
-
-
-def _changed_clusters(bits: Bitset, unit: int, size: int) -> list[int]:
-    """Which clusters of the bitmap hold bits that changed."""
-    clusters: set[int] = set()
-    for number in bits.changed:
-        first = number * CHUNK_BYTES // unit
-        last = ((number + 1) * CHUNK_BYTES - 1) // unit
-        clusters.update(range(first, min(last + 1, size)))
-    return sorted(clusters)
-
-
-def _write_clusters(
-    mapping: Qcow2Mapping, bits: Bitset, clusters: list[tuple[int, int]]
-) -> None:
-    """Write the bits of clusters of the bitmap, given as (number, host offset)."""
-    unit = mapping.header.cluster_size
-    step = max(BATCH // unit, 1)
-    for start in range(0, len(clusters), step):
-        part = clusters[start : start + step]
-        mapping.file.writev([(host, bits.read(index * unit, unit)) for index, host in part])
-        mapping.metadata.data_written(mapping.file)
-
-
-def _put_table(
-    mapping: Qcow2Mapping, place: int, table: array[int], old: array[int] | None
-) -> None:
-    """Have the table written, or what differs from ``old``, which is there already."""
-    first, end = 0, len(table)
-    if old is not None:
-        changed = [index for index in range(len(table)) if table[index] != old[index]]
-        if not changed:
-            return
-        first, end = changed[0], changed[-1] + 1
-        mapping.overlap.check(place + first * 8, (end - first) * 8)
-    mapping.metadata.put(Stage.TABLES, place + first * 8, to_big_endian(table[first:end]))
 
 
 def clusters_of(mapping: Qcow2Mapping, entry: BitmapEntry) -> list[Freed]:

@@ -4,9 +4,9 @@ A bitmap is stored when the image is closed. Before anything is recorded in it t
 that it is in use: a crash then leaves a bitmap that nobody relies on, and at worst leaked clusters.
 
 * before the first change, every bitmap that records is marked as in use;
-* when storing, so are those that changed otherwise; their bits and tables are written; then, all of
-  that being durable, the directory: in place where only marks change, else as a new one, to which
-  the header switches.
+* before a bitmap changes otherwise, it is marked as well;
+* when storing, the bits and tables of all are written anew and then, those being durable, a new
+  directory, to which the header switches. Where nothing but marks changes they change in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from lamina.block.dirty import DirtyBitmap, check_granularity
 from lamina.block.tracking import track, untrack
-from lamina.engine.metadata import Stage
 from lamina.errors import ImageUnsupported, LaminaError, Refused, UsageError
 from lamina.formats.qcow2.allocation import Freed
 from lamina.formats.qcow2.bitmap_layout import (
@@ -31,7 +30,13 @@ from lamina.formats.qcow2.bitmap_layout import (
     pack_directory,
     table_entries,
 )
-from lamina.formats.qcow2.bitmap_storage import clusters_of, load_bits, store_bits
+from lamina.formats.qcow2.bitmap_storage import (
+    cancel,
+    clusters_of,
+    load_bits,
+    store_bits,
+    write_new,
+)
 from lamina.formats.qcow2.header import open_for_changes, rewrite
 from lamina.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
@@ -43,6 +48,7 @@ from lamina.records import dataclass, replace
 from lamina.units import KIB
 
 if TYPE_CHECKING:
+    from lamina.block.bitset import Bitset
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 
@@ -69,18 +75,22 @@ class Bitmaps:
         """In the order of the directory; new ones behind those that it knows."""
 
     def _known(self, entry: BitmapEntry) -> Persistent:
-        mapping = self._mapping
         inconsistent = bool(entry.flags & IN_USE)
         dirty = DirtyBitmap(
             entry.name,
-            mapping.header.size,
+            self._mapping.header.size,
             entry.granularity,
             enabled=bool(entry.flags & AUTO) and not inconsistent,
             persistent=True,
             inconsistent=inconsistent,
-            load=lambda bits: load_bits(mapping.file, mapping.header, entry, bits),
+            load=lambda bits: self._load(item, bits),
         )
-        return Persistent(dirty, entry)
+        item = Persistent(dirty, entry)
+        return item
+
+    def _load(self, item: Persistent, bits: Bitset) -> None:
+        assert item.entry is not None
+        load_bits(self._mapping.file, self._mapping.header, item.entry, bits)
 
     @property
     def entries(self) -> list[BitmapEntry]:
@@ -157,10 +167,15 @@ class Bitmaps:
         if item.entry is not None:
             rest = [one.entry for one in self.items if one is not item and one.entry is not None]
             open_for_changes(self._mapping)
-            self._switch(rest, freed=clusters_of(self._mapping, item.entry))
+            self._switch_alone(rest, clusters_of(self._mapping, item.entry))
         self.items.remove(item)
         assert self._mapping.disk is not None
         untrack(self._mapping.disk, dirty)
+
+    def remove_all(self) -> None:
+        """The same for every bitmap."""
+        for dirty in [item.dirty for item in self.items]:
+            self.remove(dirty)
 
     def change(self, dirty: DirtyBitmap) -> None:
         """This bitmap is about to change other than by what is written to the disk.
@@ -240,36 +255,57 @@ class Bitmaps:
     def store(self) -> None:
         """Bring everything to the file. Durable on return.
 
-        Raises the first error after having stored all that could be: what could not be stays marked
-        as in use or, if it was new, is missing; it can be tried again.
+        If it raises, nothing changed there: bitmaps that had changed stay marked as in use.
         """
         changed = [item for item in self.items if self._is_changed(item)]
         if not changed and all(self._is_stored(item) for item in self.items):
             return
         open_for_changes(self._mapping)
-        self._mark_in_use(changed)
-        written: dict[Persistent, BitmapEntry] = {}
+        if changed:
+            self._store_all()
+        else:
+            self._write_flags(
+                replace(item.entry, flags=item.flags)
+                for item in self.items
+                if item.entry is not None
+            )
+
+    def _store_all(self) -> None:
+        """Write all bitmaps anew; if that fails, none."""
+        entries: list[BitmapEntry] = []
+        taken: list[Freed] = []
         freed: list[Freed] = []
-        failure: LaminaError | None = None
-        for item in changed:
-            try:
-                written[item] = self._write(item, freed)
-            except LaminaError as error:
-                name = item.dirty.name
-                failure = failure or error.in_context(f"Failed to write bitmap '{name}' to file: ")
         try:
-            self._settle()
-            self._publish(changed, written, freed)
+            for item in self.items:
+                if not item.dirty.inconsistent:
+                    entries.append(self._write(item, taken, freed))
+                elif item.entry is not None:
+                    entries.append(item.entry)
+            self._switch(entries, taken, freed)
         except BaseException:
-            # Nobody knows what of it reached the file.
-            for item in written:
-                item.dirty.inconsistent, item.dirty.enabled = True, False
+            cancel(self._mapping, taken)
             raise
-        for item in written:
-            with item.dirty.bits() as bits:
-                bits.changed.clear()
-        if failure is not None:
-            raise failure
+        for item in self.items:
+            item.dirty.stored()
+
+    def _write(
+        self, item: Persistent, taken: list[Freed], freed: list[Freed]
+    ) -> BitmapEntry:
+        """Write table and bits; the new entry of the directory."""
+        dirty = item.dirty
+        try:
+            stored = store_bits(self._mapping, item.entry, dirty)
+        except LaminaError as error:
+            raise error.in_context(f"Failed to write bitmap '{dirty.name}' to file: ") from None
+        taken += stored.taken
+        freed += stored.freed
+        return BitmapEntry(
+            dirty.name,
+            stored.table_offset,
+            stored.table_size,
+            item.flags,
+            dirty.granularity.bit_length() - 1,
+        )
 
     def store_finally(self) -> None:
         """The same, the last time: what is lost now is lost, and reported."""
@@ -296,68 +332,38 @@ class Bitmaps:
     def _is_stored(self, item: Persistent) -> bool:
         return item.entry is None or item.entry.flags == item.flags
 
-    def _write(self, item: Persistent, freed: list[Freed]) -> BitmapEntry:
-        """Write table and bits; the new entry of the directory."""
-        dirty = item.dirty
-        with dirty.bits() as bits:
-            table = store_bits(self._mapping, item.entry, dirty.granularity, bits)
-        freed += table.freed
-        granularity_bits = dirty.granularity.bit_length() - 1
-        return BitmapEntry(dirty.name, table.offset, table.size, item.flags, granularity_bits)
-
-    def _publish(
-        self,
-        changed: Sequence[Persistent],
-        written: dict[Persistent, BitmapEntry],
-        freed: Sequence[Freed],
+    def _switch(
+        self, entries: Sequence[BitmapEntry], taken: list[Freed], freed: Sequence[Freed]
     ) -> None:
-        """Have the directory say what is stored now, then give back what is not needed for it."""
-        entries = []
-        moved = False
-        for item in self.items:
-            old, new = item.entry, written.get(item)
-            if new is None and old is not None:
-                # Either nothing changed but maybe its flags, or it could not be written.
-                new = old if item in changed else replace(old, flags=item.flags)
-            if new is not None:
-                entries.append(new)
-                moved |= old is None or old.table_offset != new.table_offset
-        if moved:
-            self._switch(entries, freed)
-            return
-        self._write_flags(entries)
-        self._mapping.allocator.free_later(freed)
-        self._settle()
-
-    def _switch(self, entries: Sequence[BitmapEntry], freed: Sequence[Freed]) -> None:
         """Have the header name a directory of these entries, then give back the old one and what
-        the new one does not name."""
+        the new one does not name.
+
+        If this raises, what is left in ``taken`` is named by nobody.
+        """
         mapping = self._mapping
-        header, allocator = mapping.header, mapping.allocator
+        header = mapping.header
         before = header.bitmaps, header.autoclear_features
         packed = pack_directory(entries)
-        clusters = self._clusters(len(packed))
-        offset = allocator.allocate_table(clusters, "bitmap directory") if packed else 0
         try:
             if packed:
-                mapping.metadata.put(Stage.TABLES, offset, packed)
+                offset = write_new(mapping, packed, "bitmap directory", taken)
                 header.bitmaps = BitmapsExtension(len(entries), len(packed), offset)
                 header.autoclear_features |= AUTOCLEAR_BITMAPS
             else:
                 header.bitmaps = None
                 header.autoclear_features &= ~AUTOCLEAR_BITMAPS
+            # It may not fit. Once the header is being written, nobody knows what it names.
+            header.pack()
+            taken.clear()
             rewrite(mapping)
         except BaseException:
             header.bitmaps, header.autoclear_features = before
-            if packed:
-                mapping.metadata.forget(offset, clusters << header.cluster_bits)
-                allocator.cancel(offset, clusters)
             raise
         old = before[0]
         if old is not None:
             first = old.directory_offset >> header.cluster_bits
             freed = [*freed, Freed(first, self._clusters(old.directory_size))]
-        allocator.free_later(freed)
+        mapping.allocator.free_later(freed)
         mapping.overlap.forget()
         named = {entry.name: entry for entry in entries}
         for item in self.items:
@@ -372,7 +378,15 @@ class Bitmaps:
         if damaged.directory_offset + damaged.directory_size > mapping.file.size:
             # There is nothing to give back.
             mapping.header.bitmaps = None
-        self._switch([item.entry for item in self.items if item.entry is not None], ())
+        self._switch_alone([item.entry for item in self.items if item.entry is not None], ())
+
+    def _switch_alone(self, entries: Sequence[BitmapEntry], freed: Sequence[Freed]) -> None:
+        taken: list[Freed] = []
+        try:
+            self._switch(entries, taken, freed)
+        except BaseException:
+            cancel(self._mapping, taken)
+            raise
 
     def _clusters(self, length: int) -> int:
         return -(-length >> self._mapping.header.cluster_bits)

@@ -75,6 +75,8 @@ def downgrade(mapping: Qcow2Mapping, progress: Callable[[float], None]) -> None:
     metadata.commit(counts=True)
     metadata.barrier()
     _check_content(mapping)
+    if mapping.has_bitmaps:
+        mapping.bitmaps.remove_all()
     try:
         expand_zero_clusters(mapping, progress)
     except LaminaError as error:

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from lamina.engine.disk import Disk
-from lamina.errors import ImageUnsupported, LaminaError
+from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
 from lamina.formats.qcow2.about import Inspected
 from lamina.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
@@ -28,10 +28,27 @@ if TYPE_CHECKING:
 
 def open_disk(options: Options, context: OpenContext) -> Disk:
     disk = Disk(context, lambda disk: _load(disk, options, context))
+    if context.inspect:
+        return disk
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
     mapping = disk.mapping
-    if not isinstance(mapping, Inspected) and mapping.has_bitmaps:  # type: ignore[attr-defined]
-        mapping.bitmaps.attach()  # type: ignore[attr-defined]
+    assert isinstance(mapping, Qcow2Mapping)
+    if mapping.has_bitmaps:
+        mapping.bitmaps.attach()
+    elif not disk.read_only and not context.check:
+        _drop_stale_bitmaps(disk, mapping)
     return disk
+
+
+def _drop_stale_bitmaps(disk: Disk, mapping: Qcow2Mapping) -> None:
+    from lamina.formats.qcow2.header import drop_stale_bitmaps
+
+    try:
+        drop_stale_bitmaps(mapping)
+    except BaseException:
+        disk.close()
+        raise
 
 
 def read_header(file: Node, *, check: bool = False) -> Header:
@@ -127,7 +144,7 @@ def _bitmaps(disk: Disk, header: Header, context: OpenContext) -> list[BitmapEnt
 
     try:
         return read_bitmaps(disk.file, header)
-    except LaminaError:
+    except ImageCorrupt:
         if context.check and not disk.read_only:
             # The repair finds out what is wrong with them.
             return []

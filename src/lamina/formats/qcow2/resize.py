@@ -31,6 +31,8 @@ def resize(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> No
         raise UsageError(f"The new size must be a multiple of {SECTOR}")
     if mapping.snapshots and header.version < 3:
         raise ImageUnsupported("Can't resize a v2 image which has snapshots")
+    if mapping.has_bitmaps:
+        mapping.bitmaps.before_resize()
     if size < header.size:
         if preallocation is not Preallocation.OFF:
             raise UsageError("Preallocation can't be used for shrinking an image")

@@ -115,6 +115,8 @@ def run(arguments: list[str], tool: Tool) -> int:
         settings = _settings(given, tool)
         settings.progress = progress
         size = sum(source.size for source in sources)
+        if given.flag("bitmaps"):
+            _check_source_bitmaps(given, sources)
         if given.flag("no-create"):
             target = stack.enter_context(_open_target(tool, given, target_name))
             if target.size < size:
@@ -125,7 +127,11 @@ def run(arguments: list[str], tool: Tool) -> int:
             if not settings.target_is_zero:
                 settings.target_is_zero = _reads_zero(target)
         _settle_backing(given, settings, sources, target)
+        if given.flag("bitmaps"):
+            _check_target_bitmaps(target)
         convert(sources, target, settings)
+        if given.flag("bitmaps"):
+            _copy_bitmaps(sources[0], target, tool)
         target.flush()
     return EXIT_OK
 
@@ -265,8 +271,6 @@ def _create(tool: Tool, given: Parsed, sources: list[Backend], size: int) -> boo
             "Having a backing file for the target makes no sense when concatenating multiple "
             "input images"
         )
-    if given.flag("bitmaps"):
-        _check_bitmaps(sources, driver)
     if backing is not None and not given.value("backing-format", options.get(BACKING_FORMAT)):
         raise UsageError("Use of backing file requires explicit backing format")
     creation = prepare(
@@ -300,13 +304,40 @@ def _check_support(given: Parsed, driver: Driver, options: dict[str, str]) -> No
         raise UsageError("Compression and preallocation not supported at the same time")
 
 
-def _check_bitmaps(sources: list[Backend], driver: Driver) -> None:
+# -- bitmaps ---------------------------------------------------------------------------------------
+
+
+def _check_source_bitmaps(given: Parsed, sources: list[Backend]) -> None:
+    """Raises UsageError, ImageCorrupt."""
+    from lamina.block import registry
+    from lamina.jobs.bitmaps import check_copyable
+
+    if len(sources) > 1:
+        raise UsageError("Copying bitmaps only possible with single source")
+    source = sources[0].node.unfiltered
+    if not registry.driver(source.driver).keeps_bitmaps(source):
+        raise UsageError("Source lacks bitmap support")
+    check_copyable(source, skip_broken=given.flag("skip-broken-bitmaps"))
+
+
+def _check_target_bitmaps(target: Backend) -> None:
     from lamina.block import registry
 
-    if not driver.supports_bitmaps:
+    driver = registry.driver(target.node.unfiltered.driver)
+    if not driver.keeps_bitmaps(target.node.unfiltered):
         raise UsageError(f"Format driver '{driver.name}' does not support bitmaps")
-    if not registry.driver(sources[0].node.unfiltered.driver).supports_bitmaps:
-        raise UsageError("Source lacks bitmap support")
+
+
+def _copy_bitmaps(source: Backend, target: Backend, tool: Tool) -> None:
+    from lamina.jobs.bitmaps import copy_bitmaps
+    from lamina.tools.bitmaps import fail_to_close, store_bitmaps
+
+    copy_bitmaps(source.node.unfiltered, target.node.unfiltered, warn=tool.warn)
+    if not store_bitmaps(target.node.unfiltered, tool):
+        fail_to_close(tool)
+
+
+# -- the target's content --------------------------------------------------------------------------
 
 
 def _settle_backing(
