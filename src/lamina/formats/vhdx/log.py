@@ -20,12 +20,15 @@ from lamina.formats.vhdx.layout import checksum_fits, with_checksum
 from lamina.units import MIB, round_down, round_up
 
 if TYPE_CHECKING:
-    from lamina.block.node import Node, WriteRequest
+    from lamina.block.node import Node
 
 SECTOR = 4096
 """Bytes of a log sector, and the granularity of what is logged."""
 _ENTRY = struct.Struct("<4sIIIQII16sQQ")
 _DESCRIPTOR = struct.Struct("<4s4s8sQQ")
+_MOST_SECTORS = (SECTOR - _ENTRY.size) // _DESCRIPTOR.size
+"""That one of our entries changes. The format allows more, but QEMU refuses entries whose
+descriptors fill more than the sector of the header. Half of the smallest log."""
 FIRST_TARGET = 192 << 10
 """The region tables and all that follows may be logged, the headers may not."""
 
@@ -159,25 +162,22 @@ def check_targets(changes: Sequence[Change], *, log: tuple[int, int], end: int) 
 class Log:
     """Writes entries; a ``WriteAheadLog`` of the engine.
 
-    Whenever an entry is added, all before it are carried out and durable: it is its own tail.
+    Whenever an entry is added, all before it are carried out and durable. So each one overwrites
+    the one before, and a crash leaves one valid entry or none: QEMU, for one, carries out entries
+    of which the tail says that they are no longer needed, and forgets some that are.
     """
 
-    def __init__(self, file: Node, offset: int, length: int, guid: bytes) -> None:
-        """``offset`` and ``length``: of the ring."""
+    def __init__(self, file: Node, offset: int, guid: bytes) -> None:
+        """``offset``: of the ring in the file."""
         self.file = file
         self.offset = offset
-        self.length = length
         self.guid = guid
-        self._at = 0
         self._sequence = 0
-        sectors = length // SECTOR
-        # A descriptor sector for each 128 data sectors; the first has room for 126.
-        self._capacity = sectors - -(-(sectors + 2) // 129)
 
     def groups(self, writes: Sequence[DirtyWrite]) -> Iterator[list[DirtyWrite]]:
         """The writes in groups that fit into an entry; long ones are cut."""
         group: list[DirtyWrite] = []
-        room = self._capacity * SECTOR
+        room = _MOST_SECTORS * SECTOR
         for offset, data, event, _ in writes:
             if (offset | len(data)) % SECTOR:
                 raise ValueError(f"{len(data)} bytes at {offset} are not whole sectors")
@@ -190,7 +190,7 @@ class Log:
                 view = view[len(part) :]
                 if not room:
                     yield group
-                    group, room = [], self._capacity * SECTOR
+                    group, room = [], _MOST_SECTORS * SECTOR
         if group:
             yield group
 
@@ -202,18 +202,13 @@ class Log:
             for skip in range(0, len(data), SECTOR)
         ]
         size = self.file.size
+        self._sequence += 1
         entry = pack_entry(
             changes,
-            sequence=self._sequence + 1,
-            tail=self._at,
+            sequence=self._sequence,
+            tail=0,
             guid=self.guid,
             flushed_size=round_down(size, MIB),
             last_size=round_up(size, MIB),
         )
-        inside = min(len(entry), self.length - self._at)
-        parts: list[WriteRequest] = [(self.offset + self._at, entry[:inside])]
-        if inside < len(entry):
-            parts.append((self.offset, entry[inside:]))
-        self.file.writev(parts)
-        self._sequence += 1
-        self._at = (self._at + len(entry)) % self.length
+        self.file.write(self.offset, entry)
