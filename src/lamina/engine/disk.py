@@ -218,7 +218,7 @@ class Disk(Node):
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         with self.lock:
-            return self.mapping.resolve(offset, length)
+            return self.mapping.status(offset, length)
 
     def uses_more_than(self, length: int) -> bool:
         with self.lock:

@@ -126,6 +126,11 @@ class Mapping(ABC):
         Raises ImageCorrupt for a table that breaks the rules.
         """
 
+    def status(self, offset: int, length: int) -> list[Extent]:
+        """The same for somebody who wants to know where the bytes are, not what they are: tells it
+        even where reading would be refused."""
+        return self.resolve(offset, length)
+
     def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
         """The quick way for small reads: a host offset in ``data_node`` for every request.
 

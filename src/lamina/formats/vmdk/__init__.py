@@ -43,5 +43,16 @@ class VmdkDriver(Driver):
 
         return check(node, fix, report)
 
+    def make_empty(self, node: Node) -> None:
+        from lamina.engine.disk import Disk
+        from lamina.formats.vmdk.empty import make_empty
+        from lamina.formats.vmdk.mapping import VmdkMapping
+
+        assert isinstance(node, Disk)
+        assert isinstance(node.mapping, VmdkMapping)
+        with node.exclusive():
+            node.writer.open_gate()
+            make_empty(node.mapping)
+
 
 DRIVER = VmdkDriver()

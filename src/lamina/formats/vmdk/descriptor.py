@@ -88,6 +88,9 @@ class Descriptor:
     def with_cid(self, cid: int) -> Descriptor:
         return parse(_replaced(self.text, "CID", f"{cid:08x}"))
 
+    def with_parent_cid(self, cid: int) -> Descriptor:
+        return parse(_replaced(self.text, "parentCID", f"{cid:08x}"))
+
     def with_extents(self, extents: Sequence[ExtentLine]) -> Descriptor:
         """The same disk with other extents, and the geometry that goes with their size."""
         lines = self.text.split("\n")

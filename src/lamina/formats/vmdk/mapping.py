@@ -88,13 +88,12 @@ class VmdkMapping(Mapping):
             index += 1
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
-        found = self.look(offset, length)
+        found = self.status(offset, length)
         if not self.parent_checked and any(extent.kind is Kind.BELOW for extent in found):
             self.check_parent()
         return found
 
-    def look(self, offset: int, length: int) -> list[Extent]:
-        """``resolve`` without wondering whether what is below is what it was."""
+    def status(self, offset: int, length: int) -> list[Extent]:
         if len(self.extents) == 1:
             return self.extents[0].resolve(offset, length)
         found: list[Extent] = []
@@ -105,11 +104,21 @@ class VmdkMapping(Mapping):
     def check_parent(self) -> None:
         """The content below is the one that this disk was made upon. Raises StorageError (EINVAL).
         """
-        backing = self.disk.backing
-        below = None if backing is None else getattr(backing.unfiltered, "mapping", None)
-        if isinstance(below, VmdkMapping) and below.descriptor.cid != self.descriptor.parent_cid:
+        parent = self._parent()
+        if parent is not None and parent.cid != self.descriptor.parent_cid:
             raise StorageError.from_errno(errno.EINVAL)
         self.parent_checked = True
+
+    def adopt_parent(self) -> None:
+        """Whatever is below now is what this disk is made upon."""
+        parent = self._parent()
+        if parent is not None:
+            self.put_descriptor(self.descriptor.with_parent_cid(parent.cid))
+
+    def _parent(self) -> Descriptor | None:
+        backing = self.disk.backing
+        below = None if backing is None else getattr(backing.unfiltered, "mapping", None)
+        return below.descriptor if isinstance(below, VmdkMapping) else None
 
     def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
         return self._places(requests)
