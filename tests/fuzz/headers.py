@@ -6,18 +6,21 @@ import random
 import struct
 
 from lamina.errors import LaminaError
+from lamina.formats.qcow2.bitmap_layout import (
+    BitmapEntry,
+    check_entry,
+    check_loadable,
+    pack_directory,
+    parse_directory,
+)
 from lamina.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
-    BitmapEntry,
     BitmapsExtension,
     CryptoExtension,
     Header,
     Snapshot,
-    check_bitmap,
     compressed_extent,
-    pack_bitmap_directory,
     pack_snapshots,
-    parse_bitmap_directory,
     parse_snapshots,
 )
 from tests.fuzz.mutation import mutate
@@ -58,10 +61,10 @@ SNAPSHOTS = pack_snapshots(
         Snapshot("2", "two", 0x90000, 2, unknown_extra=b"important"),
     ]
 )
-BITMAPS = pack_bitmap_directory(
+BITMAPS = pack_directory(
     [
         BitmapEntry("b0", 0xA0000, 1, 2, 16),
-        BitmapEntry("another", 0xB0000, 4, 1, 9, extra_data=b"12345678"),
+        BitmapEntry("another", 0xB0000, 4, 1, 9),
     ]
 )
 
@@ -113,8 +116,9 @@ def fuzz_tables(count: int, seed: int = 0) -> None:
                     assert snapshot.entry_offset + snapshot.entry_length <= len(table) + 8
             elif kind == 1:
                 directory = bytes(mutate(rng, BITMAPS, [(0, len(BITMAPS))]))
-                for index, entry in enumerate(parse_bitmap_directory(directory, 2)):
-                    check_bitmap(entry, index, header)
+                for index, entry in enumerate(parse_directory(directory, 2)):
+                    check_entry(entry, index, header)
+                    check_loadable(entry, index, header)
             else:
                 (entry_word,) = struct.unpack(">Q", rng.randbytes(8))
                 bits = rng.randrange(9, 22)

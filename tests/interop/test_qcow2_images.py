@@ -289,7 +289,7 @@ def test_many_tables(session: Session) -> None:
     assert len(raw) - raw.count(0) < 1500 * 2400
 
 
-# -- snapshots and bitmaps of others ---------------------------------------------------------------
+# -- snapshots of others ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"compat": "0.10"}, {"cluster_size": "4k"}])
@@ -316,20 +316,6 @@ def test_writing_leaves_snapshots_alone(options: dict[str, str], session: Sessio
     run("qemu-img", "snapshot", "-d", "one", "s.qcow2")
     run("qemu-img", "snapshot", "-a", "two", "s.qcow2")
     qemu_check("s.qcow2")
-
-
-def test_bitmaps_become_inconsistent(session: Session) -> None:
-    """We do not track them, and say so as the format wants it."""
-    run("qemu-img", "create", "-q", "-f", "qcow2", "b.qcow2", "4M")
-    run("qemu-img", "bitmap", "--add", "b.qcow2", "b0")
-    with Backend.open("b.qcow2", session=session, format="qcow2") as disk:
-        specific = disk.info().specific
-        assert specific is not None
-        assert specific["bitmaps"] == [{"flags": ["auto"], "name": "b0", "granularity": 65536}]
-    with Backend.open("b.qcow2", session=session, format="qcow2", writable=True) as disk:
-        disk.write(0, b"changed")
-    found = run("qemu-img", "info", "b.qcow2")
-    assert "a program lacking bitmap support modified this file" in found
 
 
 # -- dirty images ----------------------------------------------------------------------------------

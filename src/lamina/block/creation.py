@@ -258,8 +258,8 @@ class Creation:
             self._backing = self._open_backing(name)
         return self._backing
 
-    def create_beside(self, filename: str, size: int) -> Node:
-        full = filenames.combine(self.filename, filename)
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Node:
+        full = filename if from_here else filenames.combine(self.filename, filename)
         driver = registry.driver(filenames.protocol_options(full)["driver"])
         assert driver.CreateOptions is not None
         options: Any

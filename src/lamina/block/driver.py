@@ -17,6 +17,7 @@ from lamina.records import dataclass
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.dirty import DirtyBitmap
     from lamina.block.info import SnapshotInfo
     from lamina.block.node import Node
 
@@ -72,8 +73,6 @@ class Driver:
     supports_backing = False
     supports_compression = False
     """New images can be filled by compressed writes."""
-    supports_bitmaps = False
-    """Images can keep dirty bitmaps."""
     creates_zeroes = False
     """Protocols: what ``create_file`` makes reads as zeroes."""
     strong_options: tuple[str, ...] = ()
@@ -158,6 +157,10 @@ class Driver:
 
     # -- dirty bitmaps kept in the image -----------------------------------------------------------
 
+    def keeps_bitmaps(self, node: Node) -> bool:
+        """Whether this image can."""
+        return False
+
     def add_bitmap(self, node: Node, name: str, granularity: int | None) -> None:
         """A new bitmap that records; ``granularity`` in bytes, None: what suits the image."""
         raise ImageUnsupported(
@@ -165,18 +168,26 @@ class Driver:
         )
 
     def remove_bitmap(self, node: Node, name: str) -> None:
-        raise _no_bitmap(name)
+        find_bitmap(node, name)
+        raise ImageUnsupported("Operation not supported")
 
     def clear_bitmap(self, node: Node, name: str) -> None:
-        raise _no_bitmap(name)
+        _usable_bitmap(node, name).clear()
 
     def enable_bitmap(self, node: Node, name: str, enabled: bool) -> None:
         """Start or stop recording."""
-        raise _no_bitmap(name)
+        _usable_bitmap(node, name).enabled = enabled
 
     def merge_bitmap(self, node: Node, name: str, source: Node, source_name: str) -> None:
         """Add to a bitmap what another one, maybe of another image, says."""
-        raise _no_bitmap(name)
+        bitmap = find_bitmap(node, name)
+        other = find_bitmap(source, source_name)
+        bitmap.check_usable()
+        other.check_usable()
+        bitmap.merge(other)
+
+    def store_bitmaps(self, node: Node) -> None:
+        """Bring the bitmaps to the image, as closing it does, and raise what goes wrong."""
 
 
 def _find_snapshot(node: Node, name: str, message: str) -> SnapshotInfo:
@@ -186,5 +197,15 @@ def _find_snapshot(node: Node, name: str, message: str) -> SnapshotInfo:
     raise ImageUnsupported(message, errno=errno.ENOENT)
 
 
-def _no_bitmap(name: str) -> ImageUnsupported:
-    return ImageUnsupported(f"Dirty bitmap '{name}' not found", errno=errno.ENOENT)
+def find_bitmap(node: Node, name: str) -> DirtyBitmap:
+    """Of those that the node has. Raises ImageUnsupported (ENOENT)."""
+    for bitmap in node.dirty_bitmaps:
+        if bitmap.name == name:
+            return bitmap
+    raise ImageUnsupported(f"Dirty bitmap '{name}' not found", errno=errno.ENOENT)
+
+
+def _usable_bitmap(node: Node, name: str) -> DirtyBitmap:
+    bitmap = find_bitmap(node, name)
+    bitmap.check_usable()
+    return bitmap

@@ -19,7 +19,7 @@ import errno
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lamina.block.extents import Columns, Extent
 from lamina.block.info import NodeInfo
@@ -27,6 +27,9 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.permissions import Perm, spell
 from lamina.errors import Busy, ImageUnsupported, Refused
 from lamina.records import dataclass
+
+if TYPE_CHECKING:
+    from lamina.block.dirty import DirtyBitmap
 
 ReadRequest = tuple[int, memoryview]
 """Offset and the writable buffer to fill."""
@@ -110,6 +113,8 @@ class Node(ABC):
         self.read_only = options.read_only
         self.children: dict[str, Attachment] = {}
         """By role: ``file``, ``backing``, ``data-file``, …"""
+        self.dirty_bitmaps: list[DirtyBitmap] = []
+        """Told of every change; see ``block.tracking``."""
         self.users: list[Attachment] = []
         self.closed = False
 
@@ -191,6 +196,16 @@ class Node(ABC):
         """Copy bytes of another node without having them pass through memory.
 
         Returns how many were copied, perhaps none: the rest has to be read and written.
+        """
+        return 0
+
+    can_send: ClassVar[bool] = False
+    """``send_to`` does something."""
+
+    def send_to(self, descriptor: int, offset: int, length: int) -> int:
+        """Send bytes to a socket without having them pass through memory.
+
+        Returns how many were sent, perhaps none: the rest has to be read. Raises OSError.
         """
         return 0
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -45,10 +46,15 @@ def _executor() -> ThreadPoolExecutor:
         return _pool
 
 
-def work_alone() -> None:
-    """This thread is one of several that share some work: ``run_all`` gets it no help from now on,
+@contextmanager
+def working_alone() -> Iterator[None]:
+    """This thread is one of several that share some work: ``run_all`` gets it no help meanwhile,
     for there would be more threads than cores."""
     _this_thread.works_alone = True
+    try:
+        yield
+    finally:
+        _this_thread.works_alone = False
 
 
 def run_all(

@@ -110,8 +110,7 @@ class Comparison:
                 self.look,
                 lambda piece: self.judge(piece, pool),
                 workers=workers,
-                ahead=6 * workers,
-            )
+                )
         except _Differs as found:
             return found.result
         return None

@@ -2,14 +2,13 @@
 
 The extents of the sources say what there is to move. Runs of data are gathered into batches of a
 mebibyte, each with a buffer of its own that is used again and again (fresh pages of memory cost
-more than the copy into them). Worker threads read the batches, decoding as they go, and look for
-zeroes; this thread writes them in the order of their addresses, so that the target comes out
-sequential, and one core reads while another writes.
+more than the copy into them). Threads read batches, decoding as they go, look for zeroes, and write
+them in the order of their addresses, so that the target comes out sequential, and one core reads
+while another writes (``jobs.overlap``).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
 
 _BATCH = MIB
-_AHEAD = 4 * MIB
-"""Bytes that may have been read and are not written yet: they should fit into a cache."""
 _COMPRESSED_BATCH = 4 * MIB
 """Many units, so that they can be encoded side by side."""
 _MOST_RUNS = 512
@@ -143,7 +140,6 @@ class Conversion:
             self._overlapped()
 
     def _overlapped(self) -> None:
-        workers = min(self.settings.workers, 2 * (os.cpu_count() or 1))
         pool: list[Batch] = []
 
         def fresh() -> Batch:
@@ -159,8 +155,7 @@ class Conversion:
             self.batches(self.counted(self.plan()), fresh),
             self.read,
             write_and_reuse,
-            workers=workers,
-            ahead=max(_AHEAD // self.batch_size, workers + 2),
+            workers=self.settings.workers,
         )
 
     def _one_by_one(self) -> None:

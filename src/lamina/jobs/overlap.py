@@ -1,33 +1,24 @@
-"""Reading, decoding and encoding on threads, while one thread writes in order.
+"""Reading, decoding and encoding on several threads, and writing in order.
 
 System calls and codecs let go of the interpreter, so a handful of threads keeps the machine busy.
-``concurrent.futures`` would do, at ten times the cost per piece.
+Each takes an item, prepares it, waits for its turn and finishes it: a buffer stays with one core,
+whose cache it fits into, and nothing is handed from thread to thread but the turn.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
-from queue import SimpleQueue
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from time import perf_counter, thread_time
+from typing import Any, TypeVar
 
-from lamina.engine.workers import work_alone
+from lamina.engine.workers import threads as cores
+from lamina.engine.workers import working_alone
 
 T = TypeVar("T")
 
-_PATIENCE = 4
-"""Times that an item was waited for before there is one thread more."""
-
-
-class _Task(Generic[T]):
-    __slots__ = ("done", "error", "item")
-
-    def __init__(self, item: T) -> None:
-        self.item = item
-        self.error: BaseException | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
+_TRIAL = 0.003
+"""Seconds of work before threads are started: less is not worth it."""
 
 
 def overlapped(
@@ -36,66 +27,104 @@ def overlapped(
     finish: Callable[[T], None],
     *,
     workers: int,
-    ahead: int,
 ) -> None:
-    """``prepare(item)`` on worker threads, then ``finish(item)`` here, in the order of the items.
+    """``prepare(item)`` on up to ``workers`` threads, then ``finish(item)`` in the order of the
+    items, one at a time.
 
-    ``items`` is advanced here as well, never more than ``ahead`` items before the one that is
-    being finished: so no more than that are in memory, and an item's resources can be reused for
-    a later one once it is finished. The first error, in the order of the items, ends everything
-    and is raised; no thread is left.
-
-    Items are handed over by the handful: waking a thread for each costs more than some of them.
-    There is one thread to begin with, and more, up to ``workers``, when it does not keep up.
+    ``items`` is advanced by one thread at a time, never more than ``workers`` items before the one
+    that is being finished: so no more than that are in memory, and an item's resources can be
+    reused for a later one once it is finished. The first error, in the order of the items, ends
+    everything and is raised; no thread is left.
     """
-    queue: SimpleQueue[_Task[T] | None] = SimpleQueue()
-    stopping = False
+    _Overlap(iter(items), prepare, finish, workers).run()
 
-    def work() -> None:
-        work_alone()
-        while (task := queue.get()) is not None:
+
+class _Overlap:
+    """Threads are started when they are worth it: one more than there are cores, so that one may
+    wait for its turn, and all where preparing is mostly waiting, as for a network."""
+
+    def __init__(
+        self,
+        items: Iterator[Any],
+        prepare: Callable[[Any], None],
+        finish: Callable[[Any], None],
+        workers: int,
+    ) -> None:
+        self.items = items
+        self.prepare = prepare
+        self.finish = finish
+        self.workers = workers
+        self.taking = threading.Lock()
+        self.turn = threading.Lock()
+        """Held until the item that was taken last is finished."""
+        self.threads: list[threading.Thread] = []
+        self.error: BaseException | None = None
+        self.spent = self.computed = 0.0
+        """Seconds that ``prepare`` took, and those of them that it did not wait."""
+
+    def run(self) -> None:
+        start = perf_counter()
+        try:
+            while self.step():
+                if len(self.threads) < self.workers - 1 and perf_counter() - start > _TRIAL:
+                    self.add_threads()
+        finally:
+            for thread in self.threads:
+                thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def add_threads(self) -> None:
+        waits = self.spent > 2 * self.computed
+        wanted = self.workers if waits else min(self.workers, cores() + 1)
+        while len(self.threads) < wanted - 1:
+            thread = threading.Thread(target=self.work, daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def work(self) -> None:
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Take an item and see it through; False: there is nothing more to do.
+
+        Whatever happens, the turn is passed on: an error becomes that of everybody when all items
+        before it are finished.
+        """
+        error: BaseException | None = None
+        item = None
+        with self.taking:
+            if self.error is not None:
+                return False
+            before, after = self.turn, threading.Lock()
+            after.acquire()
             try:
-                if not stopping:
-                    prepare(task.item)
-            except BaseException as error:
-                task.error = error
-            task.done.release()
-
-    threads: list[threading.Thread] = []
-    waiting: deque[_Task[T]] = deque()
-    delays = 0
-
-    def add_thread() -> None:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        threads.append(thread)
-
-    def finish_first() -> None:
-        nonlocal delays
-        task = waiting.popleft()
-        if not task.done.acquire(blocking=False):
-            delays += 1
-            if delays % _PATIENCE == 0 and len(threads) < workers:
-                add_thread()
-            task.done.acquire()
-        if task.error is not None:
-            raise task.error
-        finish(task.item)
-
-    try:
-        add_thread()
-        for item in items:
-            task = _Task(item)
-            waiting.append(task)
-            queue.put(task)
-            if len(waiting) >= ahead:
-                while len(waiting) > ahead // 2:
-                    finish_first()
-        while waiting:
-            finish_first()
-    finally:
-        stopping = True
-        for _ in threads:
-            queue.put(None)
-        for thread in threads:
-            thread.join()
+                item = next(self.items, None)
+            except BaseException as failure:
+                error = failure
+            if item is None and error is None:
+                after.release()
+                return False
+            self.turn = after
+        start, start_of_thread = perf_counter(), thread_time()
+        try:
+            if error is None:
+                with working_alone():
+                    self.prepare(item)
+        except BaseException as failure:
+            error = failure
+        spent, computed = perf_counter() - start, thread_time() - start_of_thread
+        try:
+            with before:
+                self.spent += spent
+                self.computed += computed
+                if self.error is None:
+                    if error is not None:
+                        raise error
+                    self.finish(item)
+        except BaseException as failure:
+            self.error = self.error or failure
+        finally:
+            after.release()
+        return self.error is None

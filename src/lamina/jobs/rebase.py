@@ -92,7 +92,6 @@ class Rebase:
             self.look,
             lambda piece: self.write(piece, pool),
             workers=workers,
-            ahead=6 * workers,
         )
 
     # -- what there is to compare ----------------------------------------------------------------

@@ -11,7 +11,10 @@ from lamina.testing.memory import MemoryFile
 
 
 class NodesContext:
-    """An ``OpenContext`` whose children are given. ``warnings`` collects what people would see."""
+    """An ``OpenContext`` whose children are given. ``warnings`` collects what people would see.
+
+    A child ``data_file`` has the role ``data-file``.
+    """
 
     def __init__(
         self,
@@ -25,13 +28,16 @@ class NodesContext:
             read_only=file.read_only, unmap=True, filename=file.filename
         )
         self.secrets = Secrets()
+        self.objects: Mapping[str, object] = {}
         self.warnings: list[str] = []
         self.warn: Callable[[str], None] = self.warnings.append
         self.inspect = False
         self.locked = False
         self.check = False
         self.image_option: Mapping[str, Any] = {}
-        self._children: dict[str, Node | None] = {"file": file, "backing": backing, **children}
+        self._children: dict[str, Node | None] = {"file": file, "backing": backing}
+        for name, node in children.items():
+            self._children[name.replace("_", "-")] = node
 
     def open_child(
         self,
@@ -48,7 +54,14 @@ class NodesContext:
         return {}
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
+        self,
+        role: str,
+        filename: str,
+        *,
+        driver: str | None,
+        relative_to: Node,
+        part: bool = False,
+        plain: bool = False,
     ) -> Node | None:
         return self._children.get(role)
 

@@ -45,10 +45,14 @@ class Step(NamedTuple):
     """Which of the files that share the journal."""
 
 
-class Flush(NamedTuple):
-    """Another entry: what was written to this file before is durable."""
+class Flush:
+    """Another kind of entry: what was written to this file before is durable."""
 
-    file: int = 0
+    def __init__(self, file: int) -> None:
+        self.file = file
+
+    def __bool__(self) -> bool:
+        return False
 
 
 class CrashFile(MemoryFile):
@@ -63,9 +67,12 @@ class CrashFile(MemoryFile):
         options: NodeOptions | None = None,
     ) -> None:
         """Several files may share a ``journal``, each under a ``number`` of its own."""
-        super().__init__(content, options)
-        self.initial = bytes(content)
+        super().__init__(
+            content, options or NodeOptions(read_only=False, unmap=True, filename="memory")
+        )
         self.number = number
+        self.beside: CrashFile | None = None
+        """The second file of an image of two."""
         self.journal: list[Step | Flush] = [] if journal is None else journal
 
     def _store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -155,9 +162,13 @@ class PowerCut(NamedTuple):
 
     @property
     def content(self) -> bytes:
-        """Of the only file."""
-        (content,) = self.contents
-        return content
+        """Of the first file."""
+        return self.contents[0]
+
+    @property
+    def beside(self) -> bytes:
+        """Of the second file."""
+        return self.contents[1]
 
     def verify(self, found: bytes) -> None:
         """``found``, the guest's disk as it reads now, is allowed. Raises AssertionError."""
@@ -191,15 +202,22 @@ def power_cuts(
     guest_content: bytes,
     seed: int = 0,
     subsets: int = 2,
+    beside: bytes | None = None,
 ) -> Iterator[PowerCut]:
     """Run ``workload`` once, then yield every state in which a power cut may leave the file.
 
     ``initial`` is the file before, ``guest_content`` what the disk in it reads as; ``subsets`` is
-    how many random outcomes each moment gets beside the systematic ones.
+    how many random outcomes each moment gets beside the systematic ones. ``beside``: the content of
+    a second file, which the workload finds as ``file.beside``.
     """
+
+    def work(files: list[CrashFile], guest: GuestLog) -> None:
+        files[0].beside = files[1] if len(files) > 1 else None
+        workload(files[0], guest)
+
     yield from power_cuts_of_files(
-        lambda files, guest: workload(files[0], guest),
-        initial=[initial],
+        work,
+        initial=[initial] if beside is None else [initial, beside],
         guest_content=guest_content,
         seed=seed,
         subsets=subsets,

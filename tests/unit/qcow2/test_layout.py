@@ -9,17 +9,13 @@ import pytest
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
 from lamina.formats.qcow2.layout import (
     COMPRESSED,
-    BitmapEntry,
     BitmapsExtension,
     CryptoExtension,
     Header,
     Snapshot,
-    check_bitmap,
     compressed_entry,
     compressed_extent,
-    pack_bitmap_directory,
     pack_snapshots,
-    parse_bitmap_directory,
     parse_snapshots,
 )
 
@@ -228,46 +224,3 @@ def test_a_snapshot_table_that_is_cut(cut: int) -> None:
     table = pack_snapshots([Snapshot("1", "first", UNIT, 1)])
     with pytest.raises(ImageCorrupt, match="too short"):
         parse_snapshots(table[:cut], 1)
-
-
-def test_bitmaps_survive() -> None:
-    entries = [
-        BitmapEntry("b0", 6 * UNIT, 1, 2, 16),
-        BitmapEntry("another", 7 * UNIT, 3, 3, 12, extra_data=b"12345678"),
-    ]
-    directory = pack_bitmap_directory(entries)
-    assert parse_bitmap_directory(directory, 2) == entries
-    with pytest.raises(ImageCorrupt, match="More bitmaps found"):
-        parse_bitmap_directory(directory, 1)
-    with pytest.raises(ImageCorrupt, match="Less bitmaps found"):
-        parse_bitmap_directory(directory, 3)
-    with pytest.raises(ImageCorrupt, match="Broken bitmap directory"):
-        parse_bitmap_directory(directory[:-16], 2)
-
-
-def test_bitmaps_that_cannot_be() -> None:
-    image = header()
-    check_bitmap(BitmapEntry("b0", 6 * UNIT, 1, 2, 16), 0, image)
-    for change in (
-        {"name": ""},
-        {"table_offset": 5},
-        {"table_offset": 0},
-        {"table_size": 0},
-        {"flags": 8},
-        {"type": 2},
-        {"granularity_bits": 8},
-        {"granularity_bits": 32},
-        {"granularity_bits": 200},
-        # Too short for a gigabyte in units of 512 bytes.
-        {"granularity_bits": 9},
-    ):
-        fields = {
-            "name": "b0",
-            "table_offset": 6 * UNIT,
-            "table_size": 1,
-            "flags": 0,
-            "granularity_bits": 16,
-            **change,
-        }
-        with pytest.raises(ImageCorrupt, match="doesn't satisfy the constraints"):
-            check_bitmap(BitmapEntry(**fields), 0, image)  # type: ignore[arg-type]

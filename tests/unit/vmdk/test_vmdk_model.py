@@ -61,7 +61,8 @@ class Images(ImageMaker):
         result = DRIVER.check(node, Fix(), lines.append)
         # Storage in memory has no holes: what was punched out counts as lost.
         assert [line for line in lines if not line.startswith("Leaked ")] == []
-        assert not (result.corruptions or result.check_errors)
+        assert not result.corruptions
+        assert not result.check_errors
 
 
 class WithoutTables(Images):

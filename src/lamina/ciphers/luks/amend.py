@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from lamina.ciphers.luks.create import slot_iterations
@@ -38,6 +39,27 @@ class Change:
     keyslot: int | None = None
     iter_time: int | None = None
     """Milliseconds."""
+
+    @classmethod
+    def of(
+        cls,
+        state: str | None,
+        new_secret: str | None,
+        old_secret: str | None,
+        keyslot: int | None,
+        iter_time: int | None,
+        *,
+        look_up: Callable[[str], bytes],
+    ) -> Change:
+        """What options ask for; ``look_up`` turns names of secrets into passphrases. Raises
+        UsageError."""
+        if state is None:
+            raise UsageError("Parameter 'state' is missing", field="state")
+        if state not in ("active", "inactive"):
+            raise UsageError(f"Parameter 'state' does not accept value '{state}'", field="state")
+        new = None if new_secret is None else look_up(new_secret)
+        old = None if old_secret is None else look_up(old_secret)
+        return cls(state, new, old, keyslot, iter_time)
 
 
 def amend(header: Header, storage: Storage, key: bytes, change: Change, *, force: bool) -> None:
@@ -89,7 +111,7 @@ def _to_erase(header: Header, storage: Storage, change: Change, force: bool) -> 
     active = [number for number, slot in enumerate(header.slots) if slot.active]
     number, old = change.keyslot, change.old_passphrase
     if number is not None:
-        if number not in active:
+        if number not in active and not force:
             raise UsageError(f"Given keyslot {number} is already erased (inactive) ")
         if old is not None and not _opens(header, storage, header.slots[number], old):
             raise Refused(

@@ -102,7 +102,14 @@ class LuksMapping(Mapping):
 
     def amend(self, options: LuksAmendOptions, secrets: Secrets, *, force: bool) -> None:
         """Add a passphrase, or erase some. Raises UsageError or Refused."""
-        change = key_change(options, secrets)
+        change = Change.of(
+            options.state,
+            options.new_secret,
+            options.old_secret,
+            options.keyslot,
+            options.iter_time,
+            look_up=secrets.lookup,
+        )
         amend(self.header, HeaderStorage(self.header_node), self.key, change, force=force)
 
     def info(self) -> NodeInfo:
@@ -130,27 +137,6 @@ class HeaderStorage:
 
     def flush(self) -> None:
         self._node.flush()
-
-
-def key_change(options: LuksAmendOptions, secrets: Secrets) -> Change:
-    """What the options ask for, with passphrases instead of the names of secrets."""
-    if options.state is None:
-        raise UsageError("Parameter 'state' is missing", field="state")
-    if options.state not in ("active", "inactive"):
-        raise UsageError(
-            f"Parameter 'state' does not accept value '{options.state}'", field="state"
-        )
-
-    def passphrase(name: str | None) -> bytes | None:
-        return None if name is None else secrets.lookup(name)
-
-    return Change(
-        options.state,
-        passphrase(options.new_secret),
-        passphrase(options.old_secret),
-        options.keyslot,
-        options.iter_time,
-    )
 
 
 def _read(node: Node, offset: int, length: int) -> bytes:

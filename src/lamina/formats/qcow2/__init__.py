@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lamina.block.driver import CheckResult, Driver, Fix, Measurement
+from lamina.block.driver import CheckResult, Driver, Fix, Measurement, find_bitmap
+from lamina.errors import ImageUnsupported
+from lamina.formats.qcow2.options import AmendOptions as Qcow2AmendOptions
 from lamina.formats.qcow2.options import CreateOptions as Qcow2CreateOptions
 from lamina.formats.qcow2.options import Options as Qcow2Options
 
@@ -21,10 +23,11 @@ class Qcow2Driver(Driver):
     name = "qcow2"
     Options = Qcow2Options
     CreateOptions = Qcow2CreateOptions
+    AmendOptions = Qcow2AmendOptions
     is_format = True
     supports_backing = True
     supports_compression = True
-    strong_options = ("data-file", "encrypt.format", "encrypt.key-secret")
+    strong_options = ("encrypt.format", "encrypt.key-secret")
 
     def open(self, options: Qcow2Options, context: OpenContext) -> Node:
         from lamina.formats.qcow2.opening import open_disk
@@ -70,6 +73,20 @@ class Qcow2Driver(Driver):
         with _exclusive(node) as mapping:
             make_empty(mapping)
 
+    def amend(
+        self,
+        node: Node,
+        options: Qcow2AmendOptions,
+        progress: Callable[[float], None],
+        *,
+        force: bool,
+    ) -> None:
+        from lamina.engine.disk import Disk
+        from lamina.formats.qcow2.amend import amend
+
+        assert isinstance(node, Disk)
+        amend(node, options, progress, force=force)
+
     def create_snapshot(self, node: Node, snapshot: SnapshotInfo) -> None:
         from lamina.formats.qcow2.snapshotting import create
 
@@ -79,6 +96,8 @@ class Qcow2Driver(Driver):
     def apply_snapshot(self, node: Node, name: str) -> None:
         from lamina.formats.qcow2.snapshotting import apply
 
+        if node.dirty_bitmaps:
+            raise ImageUnsupported("Device has active dirty bitmaps")
         with _exclusive(node) as mapping:
             apply(mapping, name)
 
@@ -93,6 +112,53 @@ class Qcow2Driver(Driver):
 
         with _exclusive(node) as mapping:
             load(mapping, name)
+
+    def keeps_bitmaps(self, node: Node) -> bool:
+        from lamina.engine.disk import Disk
+        from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+        assert isinstance(node, Disk)
+        mapping = node.mapping
+        return isinstance(mapping, Qcow2Mapping) and mapping.header.version >= 3
+
+    def add_bitmap(self, node: Node, name: str, granularity: int | None) -> None:
+        with _exclusive(node) as mapping:
+            mapping.bitmaps.add(name, granularity)
+
+    def remove_bitmap(self, node: Node, name: str) -> None:
+        bitmap = find_bitmap(node, name)
+        with _exclusive(node) as mapping:
+            mapping.bitmaps.remove(bitmap)
+
+    def clear_bitmap(self, node: Node, name: str) -> None:
+        with _changing(node, name):
+            super().clear_bitmap(node, name)
+
+    def enable_bitmap(self, node: Node, name: str, enabled: bool) -> None:
+        with _changing(node, name):
+            super().enable_bitmap(node, name, enabled)
+
+    def merge_bitmap(self, node: Node, name: str, source: Node, source_name: str) -> None:
+        find_bitmap(source, source_name).check_usable()
+        with _changing(node, name):
+            super().merge_bitmap(node, name, source, source_name)
+
+    def store_bitmaps(self, node: Node) -> None:
+        with _exclusive(node) as mapping:
+            mapping.bitmaps.store()
+            assert mapping.disk is not None
+            # Those that record have to be marked as in use again.
+            mapping.disk.writer.close_gate()
+
+
+@contextmanager
+def _changing(node: Node, name: str) -> Iterator[None]:
+    """A bitmap may change, and the file says so."""
+    bitmap = find_bitmap(node, name)
+    with _exclusive(node) as mapping:
+        if bitmap.persistent:
+            mapping.bitmaps.change(bitmap)
+        yield
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lamina.block.extents import Columns, Extent
@@ -11,20 +11,15 @@ from lamina.block.info import NodeInfo
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
 from lamina.errors import ImageUnsupported
+from lamina.formats.qcow2.bitmap_layout import AUTO, IN_USE, BitmapEntry
 from lamina.formats.qcow2.layout import (
-    AUTOCLEAR_BITMAPS,
     AUTOCLEAR_RAW_DATA_FILE,
-    BITMAP_AUTO,
-    BITMAP_IN_USE,
     COMPAT_LAZY_REFCOUNTS,
     CRYPT_NONE,
     INCOMPAT_CORRUPT,
-    INCOMPAT_DATA_FILE,
     INCOMPAT_DIRTY,
     Header,
     Snapshot,
-    check_bitmap,
-    parse_bitmap_directory,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +30,7 @@ if TYPE_CHECKING:
 def describe(
     node: Node, header: Header, snapshots: Sequence[Snapshot], bitmaps: list[dict[str, Any]]
 ) -> NodeInfo:
-    """``node`` is the image itself; ``bitmaps``: as ``list_bitmaps`` returned them."""
+    """``node`` is the image itself; ``bitmaps``: as ``describe_bitmaps`` returned them."""
     from lamina.formats.qcow2.snapshots import snapshot_info
 
     name = header.backing_file
@@ -78,7 +73,7 @@ def _specific(
     if bitmaps:
         about["bitmaps"] = bitmaps
     about["refcount-bits"] = header.refcount_bits
-    if header.incompatible_features & INCOMPAT_DATA_FILE:
+    if header.has_data_file:
         if header.data_file is not None:
             about["data-file"] = header.data_file
         about["data-file-raw"] = bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
@@ -90,45 +85,17 @@ def _specific(
     }
 
 
-def list_bitmaps(
-    file: Node, header: Header, warn: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The persistent bitmaps, in QEMU's words. Raises ImageCorrupt."""
-    extension = header.bitmaps
-    if extension is None:
-        return []
-    if not header.autoclear_features & AUTOCLEAR_BITMAPS:
-        if header.version >= 3:
-            warn(
-                "warning: a program lacking bitmap support modified this file, so all bitmaps are "
-                "now considered inconsistent"
-                "\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
-            )
-        return []
-    size = extension.directory_size
-    directory = file.read(
-        extension.directory_offset, min(size, max(file.size - extension.directory_offset, 0))
-    ).ljust(size, b"\0")
-    entries = parse_bitmap_directory(directory, extension.count)
+def describe_bitmaps(entries: Iterable[BitmapEntry]) -> list[dict[str, Any]]:
+    """In QEMU's words."""
     found = []
-    for index, entry in enumerate(entries):
-        check_bitmap(entry, index, header)
+    for entry in entries:
         flags = []
-        if entry.flags & BITMAP_IN_USE:
+        if entry.flags & IN_USE:
             flags.append("in-use")
-        if entry.flags & BITMAP_AUTO:
+        if entry.flags & AUTO:
             flags.append("auto")
         found.append({"flags": flags, "name": entry.name, "granularity": entry.granularity})
     return found
-
-
-def unsupported_reason(header: Header) -> str | None:
-    """Why the data of an image cannot be reached, although its header is well-formed."""
-    if header.incompatible_features & INCOMPAT_DATA_FILE:
-        return "qcow2 images with an external data file are not supported"
-    if header.extended_l2:
-        return "qcow2 images with extended L2 entries are not supported"
-    return None
 
 
 class Inspected(Mapping):
@@ -141,7 +108,7 @@ class Inspected(Mapping):
         disk: Disk,
         header: Header,
         snapshots: Sequence[Snapshot],
-        bitmaps: list[dict[str, Any]],
+        bitmaps: Sequence[BitmapEntry],
     ) -> None:
         self.disk = disk
         self.header = header
@@ -152,7 +119,7 @@ class Inspected(Mapping):
         self.metadata = Metadata(disk.file)
 
     def info(self) -> NodeInfo:
-        return describe(self.disk, self.header, self.snapshots, self.bitmaps)
+        return describe(self.disk, self.header, self.snapshots, describe_bitmaps(self.bitmaps))
 
     def _refuse(self) -> NoReturn:
         raise ImageUnsupported("The image was opened for its metadata only")

@@ -160,6 +160,18 @@ class Allocator:
         self.file.event("cluster_alloc")
         return self._take(self._search_run(count, self._hint), count, what)
 
+    def allocate_behind(self, count: int, what: str) -> int:
+        """The same for what is to stay together although it is allocated bit by bit: gaps that were
+        too small for the latest runs are left for others."""
+        self.file.event("cluster_alloc")
+        lowest = self._hint
+        start = max(lowest, self._run_hint)
+        first = self._free_behind(start) if count == 1 else self._search_run(count, start)
+        offset = self._take(first, count, what)
+        if start > lowest:
+            self._hint = lowest
+        return offset
+
     def allocate_bytes(self, length: int) -> int:
         """Host offset of ``length`` bytes, less than a cluster, for compressed data.
 

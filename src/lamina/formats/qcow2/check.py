@@ -47,6 +47,7 @@ from lamina.units import round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
+    from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 NB_SNAPSHOTS = 60
@@ -86,6 +87,15 @@ def check(mapping: Qcow2Mapping, fix: Fix, report: Callable[[str], None]) -> Che
         rewrite_table(mapping, image.snapshots)
         result.corruptions -= outside
         result.corruptions_fixed += outside
+    if fix.errors and image.bitmap_damages:
+        if result.corruptions:
+            # Nothing can be written: the damaged ones stay where they are.
+            result.corruptions += image.bitmap_damages
+            result.corruptions_fixed -= image.bitmap_damages
+        else:
+            from lamina.formats.qcow2.bitmaps import keep_only
+
+            keep_only(mapping, image.kept_bitmaps)
     if (fix.leaks or fix.errors) and not (
         result.corruptions or result.check_errors or result.leaks
     ):
@@ -126,6 +136,9 @@ class ImageCheck:
         self.snapshots: list[Snapshot] = []
         self.mended_snapshots = False
         """The snapshot table has to be written as ``snapshots`` say."""
+        self.bitmap_damages = 0
+        """If there are any, the bitmap directory has to be written as ``kept_bitmaps`` say."""
+        self.kept_bitmaps: list[BitmapEntry] = []
         self._width = Width(header.refcount_order)
         self._counter = count_type(header.refcount_order)
         self._rebuilds = False
@@ -160,6 +173,8 @@ class ImageCheck:
         header, result, fix = self.header, self.result, self.fix
         self.snapshots = self._read_snapshots()
         walk, differences = self._compare_all()
+        self.bitmap_damages = walk.bitmaps.damages if walk.l1_usable else 0
+        self.kept_bitmaps = walk.bitmaps.kept
         if walk.wrote:
             self.file.flush()
         stored = StoredCounts(self.file, header, walk.block_table)

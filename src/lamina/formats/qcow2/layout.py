@@ -23,10 +23,6 @@ MAX_SNAPSHOT_TABLE = 64 * MIB
 MAX_SNAPSHOT_EXTRA = 1024
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS
-MAX_BITMAP_TABLE = 0x8000000
-MAX_BITMAP_SIZE = 0x20000000
-"""Bytes of one bitmap's data."""
-MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31
 MAX_BACKING_NAME = 1023
 MAX_OFFSET = (1 << 63) - 1
 """File offsets are signed 64-bit numbers wherever files are kept."""
@@ -44,9 +40,6 @@ L1_RESERVED = 0x7F000000000001FF
 L2_RESERVED = 0x3F000000000001FE
 REFTABLE_OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 REFTABLE_RESERVED = 0x00000000000001FF
-BITMAP_TABLE_OFFSET_MASK = 0x00FFFFFFFFFFFE00
-BITMAP_TABLE_RESERVED = 0xFF000000000001FE
-BITMAP_TABLE_ALL_ONES = 1
 
 # -- feature bits ("Header") ---------------------------------------------------------------------
 
@@ -186,6 +179,15 @@ class Header:
     def l2_entries(self) -> int:
         """Entries of one L2 table."""
         return self.cluster_size // self.l2_entry_size
+
+    @property
+    def subcluster_size(self) -> int:
+        """The smallest part of a cluster that has a fate of its own; else the whole of it."""
+        return self.cluster_size // 32 if self.extended_l2 else self.cluster_size
+
+    @property
+    def has_data_file(self) -> bool:
+        return bool(self.incompatible_features & INCOMPAT_DATA_FILE)
 
     @property
     def compression_name(self) -> str:
@@ -481,12 +483,15 @@ class Header:
 
     # -- writing -----------------------------------------------------------------------------
 
-    def pack(self) -> bytes:
+    def pack(self, *, feature_names: bool = True) -> bytes:
         """The header cluster's content, without padding behind it.
 
+        ``feature_names``: with the table that tells other programs what the feature bits are.
         Raises ImageUnsupported (ENOSPC) if extensions and the backing file's name do not fit.
         """
-        extensions = b"".join(_pack_extension(t, data) for t, data in self._to_extensions())
+        extensions = b"".join(
+            _pack_extension(t, data) for t, data in self._to_extensions(feature_names)
+        )
         extensions += _pack_extension(EXT_END, b"")
         name = b"" if self.backing_file is None else _bytes(self.backing_file)
         name_offset = self.header_length + len(extensions)
@@ -524,7 +529,7 @@ class Header:
             )
         return packed
 
-    def _to_extensions(self) -> list[tuple[int, bytes]]:
+    def _to_extensions(self, feature_names: bool) -> list[tuple[int, bytes]]:
         """In QEMU's order."""
         result = []
         if self.backing_format:
@@ -535,7 +540,7 @@ class Header:
             data = struct.pack(">QQ", self.crypto.offset, self.crypto.length)
             result.append((EXT_CRYPTO, data))
         # Small clusters need their room for the backing file's name.
-        if self.version >= 3 and self.cluster_size > NAMES_NEED_MORE_THAN:
+        if feature_names and self.version >= 3 and self.cluster_size > NAMES_NEED_MORE_THAN:
             names = b"".join(
                 bytes((word, bit)) + name.encode().ljust(46, b"\0")
                 for word, bit, name in FEATURE_NAMES
@@ -717,129 +722,4 @@ def _pack_snapshot(s: Snapshot) -> bytes:
 def _snapshot_error(message: str, index: int, offset: int) -> ImageCorrupt:
     return _corrupt(
         message, structure="snapshot table", field=f"entry {index}", offset=offset
-    )
-
-
-# -- the bitmap directory ("Bitmap directory") ---------------------------------------------------
-
-_BITMAP = struct.Struct(">QIIBBHI")
-BITMAP_IN_USE = 1
-BITMAP_AUTO = 2
-BITMAP_EXTRA_COMPATIBLE = 4
-BITMAP_FLAGS_RESERVED = 0xFFFFFFF8
-BITMAP_TYPE_DIRTY = 1
-
-
-@dataclass
-class BitmapEntry:
-    """One entry of the bitmap directory."""
-
-    name: str
-    table_offset: int
-    table_size: int
-    """Entries."""
-    flags: int
-    granularity_bits: int
-    type: int = BITMAP_TYPE_DIRTY
-    extra_data: bytes = b""
-
-    @property
-    def granularity(self) -> int:
-        """Guest bytes per bit."""
-        return 1 << self.granularity_bits
-
-
-def parse_bitmap_directory(directory: bytes, count: int) -> list[BitmapEntry]:
-    """Exactly ``count`` entries that fill ``directory``. Raises ImageCorrupt.
-
-    Whether an entry suits the image is for ``check_bitmap`` to say.
-    """
-    entries: list[BitmapEntry] = []
-    position = 0
-    while position < len(directory):
-        if position + _BITMAP.size > len(directory):
-            raise _bitmap_error("Broken bitmap directory", len(entries), position)
-        offset, size, flags, type, granularity, name_size, extra_size = _BITMAP.unpack_from(
-            directory, position
-        )
-        start = position + _BITMAP.size
-        end = start + extra_size + name_size
-        if end > len(directory):
-            raise _bitmap_error("Broken bitmap directory", len(entries), position)
-        if len(entries) >= count:
-            raise _bitmap_error(
-                "More bitmaps found than specified in header extension", len(entries), position
-            )
-        entries.append(
-            BitmapEntry(
-                name=_text(directory[start + extra_size : end]),
-                table_offset=offset,
-                table_size=size,
-                flags=flags,
-                granularity_bits=granularity,
-                type=type,
-                extra_data=directory[start : start + extra_size],
-            )
-        )
-        position += round_up(end - position, 8)
-    if len(entries) < count:
-        raise _bitmap_error(
-            "Less bitmaps found than specified in header extension", len(entries), position
-        )
-    return entries
-
-
-def check_bitmap(entry: BitmapEntry, index: int, header: Header) -> None:
-    """Raises ImageCorrupt, in QEMU's words, for an entry that cannot be one of this image."""
-    if entry.extra_data:
-        raise _bitmap_error("Unknown extra data found in a bitmap", index, 0)
-    bits = -(-header.size // entry.granularity) if entry.granularity_bits <= 63 else 0
-    fits = (
-        0 < len(_bytes(entry.name)) <= 1023
-        and entry.table_offset % header.cluster_size == 0
-        and entry.table_offset
-        and entry.table_size
-        and entry.table_size <= MAX_BITMAP_TABLE
-        and entry.table_offset + entry.table_size * 8 <= MAX_OFFSET
-        and not entry.flags & BITMAP_FLAGS_RESERVED
-        and entry.type == BITMAP_TYPE_DIRTY
-        and MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS
-        and entry.table_size << header.cluster_bits <= MAX_BITMAP_SIZE + header.cluster_size
-        and (
-            # A bitmap in use may not have followed a resize.
-            entry.flags & BITMAP_IN_USE
-            or -(-bits // 8) <= entry.table_size << header.cluster_bits
-        )
-    )
-    if not fits:
-        raise _bitmap_error(
-            f"Bitmap '{entry.name}' doesn't satisfy the constraints", index, 0
-        )
-
-
-def pack_bitmap_directory(entries: list[BitmapEntry]) -> bytes:
-    return b"".join(_pack_bitmap(entry) for entry in entries)
-
-
-def _pack_bitmap(entry: BitmapEntry) -> bytes:
-    name = _bytes(entry.name)
-    packed = (
-        _BITMAP.pack(
-            entry.table_offset,
-            entry.table_size,
-            entry.flags,
-            entry.type,
-            entry.granularity_bits,
-            len(name),
-            len(entry.extra_data),
-        )
-        + entry.extra_data
-        + name
-    )
-    return packed.ljust(round_up(len(packed), 8), b"\0")
-
-
-def _bitmap_error(message: str, index: int, offset: int) -> ImageCorrupt:
-    return _corrupt(
-        message, structure="bitmap directory", field=f"entry {index}", offset=offset
     )

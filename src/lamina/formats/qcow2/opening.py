@@ -6,9 +6,10 @@ import errno
 from typing import TYPE_CHECKING
 
 from lamina.engine.disk import Disk
-from lamina.errors import ImageUnsupported, LaminaError
-from lamina.formats.qcow2.about import Inspected, list_bitmaps, unsupported_reason
+from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
+from lamina.formats.qcow2.about import Inspected
 from lamina.formats.qcow2.layout import (
+    AUTOCLEAR_BITMAPS,
     CRYPT_NONE,
     INCOMPAT_DIRTY,
     MAX_CLUSTER_BITS,
@@ -20,12 +21,34 @@ if TYPE_CHECKING:
     from lamina.block.context import OpenContext
     from lamina.block.node import Node
     from lamina.engine.mapping import Mapping
+    from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.mapping import Qcow2Mapping
     from lamina.formats.qcow2.options import Options
 
 
 def open_disk(options: Options, context: OpenContext) -> Disk:
-    return Disk(context, lambda disk: _load(disk, options, context))
+    disk = Disk(context, lambda disk: _load(disk, options, context))
+    if context.inspect:
+        return disk
+    from lamina.formats.qcow2.mapping import Qcow2Mapping
+
+    mapping = disk.mapping
+    assert isinstance(mapping, Qcow2Mapping)
+    if mapping.has_bitmaps:
+        mapping.bitmaps.attach()
+    elif not disk.read_only and not context.check:
+        _drop_stale_bitmaps(disk, mapping)
+    return disk
+
+
+def _drop_stale_bitmaps(disk: Disk, mapping: Qcow2Mapping) -> None:
+    from lamina.formats.qcow2.header import drop_stale_bitmaps
+
+    try:
+        drop_stale_bitmaps(mapping)
+    except BaseException:
+        disk.close()
+        raise
 
 
 def read_header(file: Node, *, check: bool = False) -> Header:
@@ -44,13 +67,15 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
 
     settings = Settings(options, header)
     snapshots = _snapshots(disk.file, header, context)
-    bitmaps = list_bitmaps(disk.file, header, context.warn)
-    reason = unsupported_reason(header)
+    bitmaps = _bitmaps(disk, header, context)
+    data_file = None
+    if header.has_data_file or any(k.startswith("data-file") for k in context.image_option):
+        from lamina.formats.qcow2.data_file import open_data_file
+
+        data_file = open_data_file(disk, header, context)
     if context.inspect:
         _open_backing(disk, header, context)
         return Inspected(disk, header, snapshots, bitmaps)
-    if reason is not None and not context.check:
-        raise ImageUnsupported(reason, format="qcow2", structure="header")
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
     encryption = None
@@ -69,7 +94,7 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
         read_only=disk.read_only,
         unmap=disk.options.unmap,
         disk=disk,
-        refusal=reason,
+        data_file=data_file,
         encryption=encryption,
         warn=context.warn,
     )
@@ -91,6 +116,37 @@ def _snapshots(file: Node, header: Header, context: OpenContext) -> list[Snapsho
     except LaminaError:
         if context.check:
             # The check reads the table again, and says what is wrong with it.
+            return []
+        raise
+
+
+def _bitmaps(disk: Disk, header: Header, context: OpenContext) -> list[BitmapEntry]:
+    if header.bitmaps is None:
+        return []
+    if not header.autoclear_features & AUTOCLEAR_BITMAPS:
+        if header.version < 3:
+            found = (
+                "This qcow2 v2 image contains bitmaps, but they may have been modified by a "
+                "program without persistent bitmap support; so now they must all be considered "
+                "inconsistent"
+            )
+        else:
+            found = (
+                "a program lacking bitmap support modified this file, so all bitmaps are now "
+                "considered inconsistent"
+            )
+        context.warn(
+            f"warning: {found}\n"
+            "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+        )
+        return []
+    from lamina.formats.qcow2.bitmap_storage import read_bitmaps
+
+    try:
+        return read_bitmaps(disk.file, header)
+    except ImageCorrupt:
+        if context.check and not disk.read_only:
+            # The repair finds out what is wrong with them.
             return []
         raise
 

@@ -91,9 +91,6 @@ class Options:
         600,
         "Clean unused cache entries after this time (in seconds)",
     )
-    data_file: str | None = option(
-        "data-file", Type.STRING, None, "Node or file that holds the guest data"
-    )
     encrypt_format: str | None = option("encrypt.format", Type.STRING, None, "Encryption format")
     encrypt_key_secret: str | None = option(
         "encrypt.key-secret", Type.STRING, None, "ID of the secret that holds the passphrase"
@@ -176,3 +173,42 @@ class CreateOptions:
         "Width of a reference count entry in bits",
         listed=True,
     )
+
+
+@dataclass(frozen=True)
+class AmendOptions:
+    """What can be changed in an existing image. None: leave it as it is."""
+
+    backing_file: str | None = option("backing_file", help="File name of a base image")
+    backing_fmt: str | None = option("backing_fmt", help="Image format of the base image")
+    compat: str | None = option("compat", help="Compatibility level (v2 [0.10] or v3 [1.1])")
+    data_file: str | None = option("data_file", help="File name of an external data file")
+    data_file_raw: bool | None = option(
+        "data_file_raw",
+        Type.BOOL,
+        None,
+        "The external data file must stay valid as a raw image",
+    )
+    encrypt_iter_time: int | None = option(
+        "encrypt.iter-time", Type.NUMBER, None, "Time to spend in PBKDF in milliseconds"
+    )
+    encrypt_keyslot: int | None = option(
+        "encrypt.keyslot", Type.NUMBER, None, "Select a single keyslot to modify explicitly"
+    )
+    encrypt_new_secret: str | None = option(
+        "encrypt.new-secret",
+        help="New secret to set in the matching keyslots. Empty string to erase",
+    )
+    encrypt_old_secret: str | None = option(
+        "encrypt.old-secret", help="Select all keyslots that match this password"
+    )
+    encrypt_state: str | None = option(
+        "encrypt.state", help="Select new state of affected keyslots (active/inactive)"
+    )
+    lazy_refcounts: bool | None = option(
+        "lazy_refcounts", Type.BOOL, None, "Postpone refcount updates"
+    )
+    refcount_bits: int | None = option(
+        "refcount_bits", Type.NUMBER, None, "Width of a reference count entry in bits"
+    )
+    size: int | None = option("size", Type.SIZE, None, "Virtual disk size")

@@ -41,10 +41,8 @@ class Refcounts:
         self.metadata = metadata
         self.overlap = overlap
         self.corruption = corruption
-        self.width = Width(header.refcount_order)
         self._low = header.cluster_size - 1
-        self.per_block = self.width.entries(header.cluster_size)
-        """Clusters that one block counts."""
+        self._set_width()
         self.cache = TableCache(
             metadata,
             table_bytes=header.cluster_size,
@@ -54,6 +52,11 @@ class Refcounts:
             store_event="refblock_update_part",
         )
         self._table: array[int] | None = None
+
+    def _set_width(self) -> None:
+        self.width = Width(self.header.refcount_order)
+        self.per_block = self.width.entries(self.header.cluster_size)
+        """Clusters that one block counts."""
 
     @property
     def table(self) -> array[int]:
@@ -76,7 +79,8 @@ class Refcounts:
         )
 
     def reload(self) -> None:
-        """The file was changed behind our back."""
+        """The file was changed behind our back, or the header, which says how wide counts are."""
+        self._set_width()
         self._table = None
         self.cache.drop_clean()
 
@@ -120,8 +124,8 @@ class Refcounts:
                     return True
         return False
 
-    def add(self, first: int, count: int) -> None:
-        """One reference more to each of these clusters, whose blocks exist. All or none.
+    def add(self, first: int, count: int, references: int = 1) -> None:
+        """So many references more to each of these clusters, whose blocks exist. All or none.
 
         Raises StorageError (EINVAL) where the width of the entries does not suffice.
         """
@@ -129,9 +133,9 @@ class Refcounts:
         for _, offset, _, _, value in changes:
             if not offset:
                 raise StorageError("Clusters without a refcount block", errno=errno.EINVAL)
-            if value >= self.width.maximum:
+            if value > self.width.maximum - references:
                 raise StorageError("Refcount overflow", errno=errno.EINVAL)
-        self._apply(changes, 1, Stage.COUNTS)
+        self._apply(changes, references, Stage.COUNTS)
 
     def drop(self, first: int, count: int, stage: Stage = Stage.FREES) -> list[tuple[int, int]]:
         """One reference less; returns the runs (first, count) that are free now. All or none.

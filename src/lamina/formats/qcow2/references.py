@@ -12,23 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lamina.errors import ImageCorrupt
 from lamina.formats.qcow2.arrays import (
     Counts,
     Indices,
     Mask,
     TableRun,
     Words,
-    read_into,
     read_tables,
     read_words,
     straight_tables,
 )
+from lamina.formats.qcow2.bitmap_check import BitmapWalk
 from lamina.formats.qcow2.entries import Entries, Trouble, beyond
 from lamina.formats.qcow2.layout import (
-    AUTOCLEAR_BITMAPS,
-    BITMAP_TABLE_OFFSET_MASK,
-    BITMAP_TABLE_RESERVED,
     COPIED,
     INCOMPAT_DATA_FILE,
     L1_RESERVED,
@@ -36,11 +32,8 @@ from lamina.formats.qcow2.layout import (
     OFFSET_MASK,
     REFTABLE_OFFSET_MASK,
     REFTABLE_RESERVED,
-    BitmapEntry,
     Header,
     Snapshot,
-    check_bitmap,
-    parse_bitmap_directory,
 )
 from lamina.records import dataclass
 
@@ -160,39 +153,40 @@ class Walk:
         self.wrote = False
         """Tables were mended."""
         self._protected = Regions()
+        self.bitmaps = BitmapWalk(self)
 
     def run(self) -> None:
         header = self.header
         self._protected = self._find_protected()
-        self._region(0, self.cluster_size)
+        self.count_region(0, self.cluster_size)
         self._l1(header.l1_table_offset, header.l1_size, active=True)
         # Several snapshots that name one L1 table would cost a walk each.
         tables = Counter((one.l1_table_offset, one.l1_size) for one in self.snapshots)
         for snapshot in self.snapshots:
             weight = tables.pop((snapshot.l1_table_offset, snapshot.l1_size), 0)
             self._snapshot_l1(snapshot, weight)
-        self._region(header.snapshots_offset, snapshot_table_length(self.snapshots))
+        self.count_region(header.snapshots_offset, snapshot_table_length(self.snapshots))
         if header.crypto is not None:
-            self._region(header.crypto.offset, header.crypto.length)
-        self._bitmaps()
+            self.count_region(header.crypto.offset, header.crypto.length)
+        self.bitmaps.run()
         self._refcount_structure()
 
     # -- regions -----------------------------------------------------------------------------------
 
-    def _region(self, offset: int, length: int, weight: int = 1) -> bool:
+    def count_region(self, offset: int, length: int, weight: int = 1) -> bool:
         """Count the clusters of a region; False: it reaches too far behind the end of the file."""
         if not length:
             return True
         if offset + length - self.file_size >= self.cluster_size:
             for _ in range(weight):
-                self._error(beyond(offset, length))
+                self.error(beyond(offset, length))
             return False
         first = offset >> self.bits
         last = (offset + length - 1) >> self.bits
         self.census.add_run(first, last - first + 1, weight)
         return True
 
-    def _error(self, message: str, *, mended: bool = False) -> None:
+    def error(self, message: str, *, mended: bool = False) -> None:
         if self.first_pass:
             self.findings.corruption(message, mended=mended)
 
@@ -201,12 +195,12 @@ class Walk:
     def _snapshot_l1(self, snapshot: Snapshot, weight: int) -> None:
         name = f"{snapshot.id} ({snapshot.name})"
         if snapshot.l1_table_offset & (self.cluster_size - 1):
-            self._error(
+            self.error(
                 f" snapshot {name} l1_offset={snapshot.l1_table_offset:#x}: "
                 "L1 table is not cluster aligned; snapshot table entry corrupted"
             )
         elif snapshot.l1_size * 8 > MAX_L1:
-            self._error(
+            self.error(
                 f" snapshot {name} l1_size={snapshot.l1_size:#x}: "
                 "L1 table is too large; snapshot table entry corrupted"
             )
@@ -217,7 +211,7 @@ class Walk:
         """Count an L1 table, the L2 tables that it names and what those name."""
         if not size:
             return
-        self._region(offset, size * 8, weight)
+        self.count_region(offset, size * 8, weight)
         # What is not there reads as zeroes; there may be a lot of it.
         l1 = read_words(self.file, offset, min(size, max(self.file_size - offset + 7, 0) // 8))
         present = np.flatnonzero(l1)
@@ -258,7 +252,7 @@ class Walk:
         offset = entry & OFFSET_MASK
         unaligned = offset & (self.cluster_size - 1)
         if entry & L1_RESERVED:
-            self._error(f" found L1 entry with reserved bits set: {entry:x}", mended=self.mends)
+            self.error(f" found L1 entry with reserved bits set: {entry:x}", mended=self.mends)
         if offset >= self.file_size:
             trouble = beyond(offset, self.cluster_size)
         elif unaligned:
@@ -269,10 +263,10 @@ class Walk:
             trouble = f" l2_offset={offset:x}: Table overlaps with {what}; L1 entry corrupted"
         else:
             return entry & ~L1_RESERVED
-        self._error(trouble, mended=self.mends)
+        self.error(trouble, mended=self.mends)
         if unaligned and not self.mends:
             # The clusters that the table would lie in are in use for all anyone knows.
-            self._region(offset, self.cluster_size)
+            self.count_region(offset, self.cluster_size)
         return 0
 
     def _l2_tables(
@@ -314,7 +308,7 @@ class Walk:
             entries = self._mend(run, entries, troubles)
         else:
             for trouble in troubles:
-                self._error(trouble.message)
+                self.error(trouble.message)
         self._count_l2(run, entries, weight, active)
 
     def _count_straight(self, first_entries: Words, weight: int, active: bool) -> None:
@@ -342,7 +336,7 @@ class Walk:
                 continue
             at = trouble.position * per_entry
             bitmap = int(flat[at + 1]) if entries.extended else 0
-            self._error(trouble.message, mended=True)
+            self.error(trouble.message, mended=True)
             word, bitmap = entries.mended(trouble, int(flat[at]), bitmap)
             flat[at] = word
             if entries.extended:
@@ -410,44 +404,6 @@ class Walk:
             statistics.fragmented += compressed
             statistics.allocated += compressed
 
-    # -- bitmaps -----------------------------------------------------------------------------------
-
-    def _bitmaps(self) -> None:
-        header = self.header
-        if header.bitmaps is None or not header.autoclear_features & AUTOCLEAR_BITMAPS:
-            return
-        offset, size = header.bitmaps.directory_offset, header.bitmaps.directory_size
-        if not self._region(offset, size):
-            return
-        directory = bytearray(size)
-        read_into(self.file, [(offset, memoryview(directory))])
-        try:
-            bitmaps = parse_bitmap_directory(bytes(directory), header.bitmaps.count)
-        except ImageCorrupt as error:
-            self._error(f": {error}")
-            return
-        for index, bitmap in enumerate(bitmaps):
-            try:
-                check_bitmap(bitmap, index, header)
-            except ImageCorrupt as error:
-                self._error(f": {error}")
-            else:
-                self._bitmap(bitmap)
-
-    def _bitmap(self, bitmap: BitmapEntry) -> None:
-        if not self._region(bitmap.table_offset, bitmap.table_size * 8):
-            return
-        table = read_words(self.file, bitmap.table_offset, bitmap.table_size)
-        places = (table & np.uint64(BITMAP_TABLE_OFFSET_MASK)).astype(np.int64)
-        invalid = (table & np.uint64(BITMAP_TABLE_RESERVED)) != 0
-        invalid |= (places & (self.cluster_size - 1)) != 0
-        for index in np.flatnonzero(invalid).tolist():
-            self._error(f": entry {index} of the table of bitmap '{bitmap.name}' is not valid")
-        outside = (places >= self.file_size) & ~invalid
-        for place in places[outside].tolist():
-            self._error(beyond(place, self.cluster_size))
-        self.census.add(places[(places != 0) & ~invalid & ~outside] >> self.bits)
-
     # -- the refcount table and its blocks ---------------------------------------------------------
 
     def _refcount_structure(self) -> None:
@@ -455,7 +411,7 @@ class Walk:
         offset = header.refcount_table_offset
         length = header.refcount_table_clusters << self.bits
         structure: list[int] = []
-        if self._region(offset, length):
+        if self.count_region(offset, length):
             first = offset >> self.bits
             structure += range(first, first + header.refcount_table_clusters)
         table = read_words(self.file, offset, length // 8)
@@ -493,7 +449,7 @@ class Walk:
             self.findings.structure_corruption(message, mended=True)
         else:
             # Nothing is lost: all that such a block could count is zero.
-            self._error(message)
+            self.error(message)
 
     # -- helpers -----------------------------------------------------------------------------------
 

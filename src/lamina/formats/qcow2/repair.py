@@ -36,7 +36,26 @@ def rebuild(file: Node, header: Header, end: int, counts_of: CountsOf) -> tuple[
     ``end``: the first of the clusters behind all that are in use. Returns the new table and the
     number of clusters that the structure takes. Raises StorageError; the image is unchanged then.
     """
-    per_block = header.cluster_size * 8 >> header.refcount_order
+    table, offset, clusters = write_structure(
+        file, header, header.refcount_order, end, counts_of
+    )
+    table_clusters = len(table) * 8 >> header.cluster_bits
+    file.write(REFCOUNT_TABLE_FIELDS, struct.pack(">QI", offset, table_clusters))
+    file.flush()
+    header.refcount_table_offset = offset
+    header.refcount_table_clusters = table_clusters
+    return table, clusters
+
+
+def write_structure(
+    file: Node, header: Header, order: int, end: int, counts_of: CountsOf
+) -> tuple[Words, int, int]:
+    """The same without the header, with counts that are ``1 << order`` bits wide. Durable on
+    return; returns the table, its host offset, and the number of clusters in all.
+
+    Blocks come first, then the table.
+    """
+    per_block = header.cluster_size * 8 >> order
     per_table = header.cluster_size // 8
     bits = header.cluster_bits
     used = [
@@ -62,14 +81,11 @@ def rebuild(file: Node, header: Header, end: int, counts_of: CountsOf) -> tuple[
             counts = np.zeros(per_block, dtype=np.uint16)
         new = slice(max(end - first, 0), max(last - first, 0))
         counts[new] = 1
-        place = (end + table_clusters + number) << bits
-        file.write(place, pack_counts(counts, header.refcount_order))
+        place = (end + number) << bits
+        file.write(place, pack_counts(counts, order))
         table[block] = place
-    file.write(end << bits, table.astype(">u8").tobytes())
+    table_offset = (end + block_count) << bits
+    file.write(table_offset, table.astype(">u8").tobytes())
     file.flush()
-    file.write(REFCOUNT_TABLE_FIELDS, struct.pack(">QI", end << bits, table_clusters))
-    file.flush()
-    header.refcount_table_offset = end << bits
-    header.refcount_table_clusters = table_clusters
-    return table, last - end
+    return table, table_offset, last - end
 

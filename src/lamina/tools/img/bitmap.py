@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lamina.errors import LaminaError, UsageError
 from lamina.tools.arguments import FORMAT, HELP, IMAGE_OPTS, OBJECT, Option, number
+from lamina.tools.bitmaps import fail_to_close, store_bitmaps
 from lamina.tools.img.command import Command
 from lamina.tools.opening import check_format_options, open_given, open_image
 from lamina.tools.tool import EXIT_OK, Tool
@@ -89,6 +90,8 @@ def run(arguments: list[str], tool: Tool) -> int:
             except LaminaError as error:
                 prefix = f"Operation {action} on bitmap {name} failed: "
                 raise error.in_context(prefix) from None
+        if not store_bitmaps(layer, tool):
+            fail_to_close(tool)
     return EXIT_OK
 
 

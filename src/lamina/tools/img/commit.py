@@ -16,6 +16,7 @@ from lamina.tools.arguments import (
     WrongUsage,
     number,
 )
+from lamina.tools.bitmaps import fail_to_close, store_bitmaps
 from lamina.tools.img.command import Command
 from lamina.tools.opening import check_cache_mode, check_format_options, open_given
 from lamina.tools.tool import EXIT_OK, Tool
@@ -73,6 +74,9 @@ def run(arguments: list[str], tool: Tool) -> int:
                 commit(top, target, rate=given.value("rate", 0), progress=progress)
             except LaminaError as error:
                 raise error.in_context("Block job failed: ") from None
+            stored = store_bitmaps(base.unfiltered, tool)
+        if not stored:
+            fail_to_close(tool)
         if not given.flag("drop") and not given.flag("base"):
             try:
                 empty(top)

@@ -21,7 +21,7 @@ from lamina.tools.arguments import (
     number,
 )
 from lamina.tools.img.command import Command
-from lamina.tools.opening import check_cache_mode, open_image
+from lamina.tools.opening import check_cache_mode, load_snapshot, open_image
 from lamina.tools.tool import EXIT_OK, Tool
 from lamina.units import SECTOR
 
@@ -115,6 +115,8 @@ def run(arguments: list[str], tool: Tool) -> int:
         settings = _settings(given, tool)
         settings.progress = progress
         size = sum(source.size for source in sources)
+        if given.flag("bitmaps"):
+            _check_source_bitmaps(given, sources)
         if given.flag("no-create"):
             target = stack.enter_context(_open_target(tool, given, target_name))
             if target.size < size:
@@ -125,7 +127,11 @@ def run(arguments: list[str], tool: Tool) -> int:
             if not settings.target_is_zero:
                 settings.target_is_zero = _reads_zero(target)
         _settle_backing(given, settings, sources, target)
+        if given.flag("bitmaps"):
+            _check_target_bitmaps(target)
         convert(sources, target, settings)
+        if given.flag("bitmaps"):
+            _copy_bitmaps(sources[0], target, tool)
         target.flush()
     return EXIT_OK
 
@@ -209,23 +215,11 @@ def _open_source(tool: Tool, given: Parsed, name: str) -> Backend:
     )
     if given.flag("source-snapshot"):
         try:
-            _load_snapshot(source, given.value("source-snapshot"))
+            load_snapshot(source, given.value("source-snapshot"))
         except LaminaError as error:
             source.close()
             raise error.in_context("Failed to load snapshot: ") from None
     return source
-
-
-def _load_snapshot(source: Backend, wanted: str) -> None:
-    """``wanted``: an id or a name, or ``snapshot.id=…,snapshot.name=…``."""
-    from lamina.block import registry
-    from lamina.block.keyvalue import parse_keyvalue
-
-    if wanted.startswith("snapshot."):
-        said = parse_keyvalue(wanted)
-        wanted = str(said.get("snapshot.id", said.get("snapshot.name", "")))
-    layer = source.node.unfiltered
-    registry.driver(layer.driver).load_snapshot(layer, wanted)
 
 
 def _open_target(tool: Tool, given: Parsed, name: str) -> Backend:
@@ -277,8 +271,6 @@ def _create(tool: Tool, given: Parsed, sources: list[Backend], size: int) -> boo
             "Having a backing file for the target makes no sense when concatenating multiple "
             "input images"
         )
-    if given.flag("bitmaps"):
-        _check_bitmaps(sources, driver)
     if backing is not None and not given.value("backing-format", options.get(BACKING_FORMAT)):
         raise UsageError("Use of backing file requires explicit backing format")
     creation = prepare(
@@ -312,13 +304,40 @@ def _check_support(given: Parsed, driver: Driver, options: dict[str, str]) -> No
         raise UsageError("Compression and preallocation not supported at the same time")
 
 
-def _check_bitmaps(sources: list[Backend], driver: Driver) -> None:
+# -- bitmaps ---------------------------------------------------------------------------------------
+
+
+def _check_source_bitmaps(given: Parsed, sources: list[Backend]) -> None:
+    """Raises UsageError, ImageCorrupt."""
+    from lamina.block import registry
+    from lamina.jobs.bitmaps import check_copyable
+
+    if len(sources) > 1:
+        raise UsageError("Copying bitmaps only possible with single source")
+    source = sources[0].node.unfiltered
+    if not registry.driver(source.driver).keeps_bitmaps(source):
+        raise UsageError("Source lacks bitmap support")
+    check_copyable(source, skip_broken=given.flag("skip-broken-bitmaps"))
+
+
+def _check_target_bitmaps(target: Backend) -> None:
     from lamina.block import registry
 
-    if not driver.supports_bitmaps:
+    driver = registry.driver(target.node.unfiltered.driver)
+    if not driver.keeps_bitmaps(target.node.unfiltered):
         raise UsageError(f"Format driver '{driver.name}' does not support bitmaps")
-    if not registry.driver(sources[0].node.unfiltered.driver).supports_bitmaps:
-        raise UsageError("Source lacks bitmap support")
+
+
+def _copy_bitmaps(source: Backend, target: Backend, tool: Tool) -> None:
+    from lamina.jobs.bitmaps import copy_bitmaps
+    from lamina.tools.bitmaps import fail_to_close, store_bitmaps
+
+    copy_bitmaps(source.node.unfiltered, target.node.unfiltered, warn=tool.warn)
+    if not store_bitmaps(target.node.unfiltered, tool):
+        fail_to_close(tool)
+
+
+# -- the target's content --------------------------------------------------------------------------
 
 
 def _settle_backing(

@@ -133,5 +133,5 @@ class _Context:
     def backing_node(self, *, needed: bool = False) -> None:
         return None
 
-    def create_beside(self, filename: str, size: int) -> Any:
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Any:
         raise AssertionError("measuring creates nothing")
