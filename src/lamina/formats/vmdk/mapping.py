@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 class VmdkMapping(Mapping):
     driver = "vmdk"
     codec = "grain"
+    stores_compressed_plain = True
 
     def __init__(self, disk: Disk, context: OpenContext) -> None:
         self.disk = disk
@@ -68,7 +69,6 @@ class VmdkMapping(Mapping):
         only = extents[0] if len(extents) == 1 else None
         self.encodes_always = only is not None and only.compressed
         self.encoded_unit = self.unit if self.encodes_always else 0
-        self.stores_compressed_plain = any(extent.grain for extent in extents)
         self.only = only if isinstance(only, (SparseExtent, FlatExtent)) else None
         if only is not None and only.node is not None:
             self.data_node = only.node
