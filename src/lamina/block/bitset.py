@@ -112,15 +112,6 @@ class Bitset:
                 self._chunks[number] = bytearray(after.to_bytes(CHUNK_BYTES, "little"))
             self.changed.add(number)
 
-    def copy(self) -> Bitset:
-        """The same bits; nothing of the copy counts as changed."""
-        result = Bitset()
-        result._chunks = {
-            number: chunk if chunk is _FULL else bytearray(chunk)
-            for number, chunk in self._chunks.items()
-        }
-        return result
-
     def __len__(self) -> int:
         """How many bits are set."""
         return sum(
