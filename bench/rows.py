@@ -119,6 +119,8 @@ CONVERSIONS = [
     ("decompress-zlib", 1.5),
     ("decompress-zstd", 1.3),
     ("compare", 1.0),
+    ("raw-qed", 1.0),
+    ("qed-raw", 1.0),
 ]
 TABLES = [
     ("check-full", 3.0),
@@ -149,6 +151,8 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
+    if name in ("raw-qed", "qed-raw"):
+        return _other_format(bench, name, goal)
     source, options = {
         "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
         "raw-raw-dense": (lambda: ["-f", "raw", str(bench.dense())], ["-O", "raw"]),
@@ -162,6 +166,16 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
     }[name]
     words = ["convert", "-W", "-m", "16", *options, *source(), str(target)]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
+
+
+def _other_format(bench: Workbench, name: str, goal: float) -> Row:
+    source, target = name.split("-")
+    image = bench.raw()
+    if source != "raw":
+        image = bench.converted(f"data.{source}", "-O", source)
+    path = bench.directory / "target"
+    words = ["convert", "-f", source, "-O", target, str(image), str(path)]
+    return Row(name, goal, [OURS, *words], [THEIRS, *words], path)
 
 
 def _tables(bench: Workbench, name: str, goal: float) -> Row:

@@ -150,6 +150,40 @@ class TestPreallocateOfDirectFile(TestPreallocate):
     direct = True
 
 
+class OnImage(OnFile):
+    """An image of a format in the file ``disk``."""
+
+    format: ClassVar[str]
+    creation: ClassVar[dict[str, Any]] = {}
+    grows_by_writing = False
+    discards_to_zero = False
+
+    def make(self, size: int) -> Node:
+        name = str(self.path / "disk")
+        create_image(name, self.format, session=Session(), options=self.creation, size=size)
+        return self.open()
+
+    def open(self) -> Node:
+        given = {"driver": self.format, "file.filename": str(self.path / "disk")}
+        defaults = NodeOptions(read_only=False, unmap=True)
+        return open_node(given, session=Session(), defaults=defaults)
+
+
+class TestQed(OnImage):
+    format = "qed"
+    creation = {"cluster_size": "4k", "table_size": "1"}
+    shrinks = False
+
+
+class TestVdi(OnImage):
+    format = "vdi"
+
+
+class TestStaticVdi(OnImage):
+    format = "vdi"
+    creation = {"static": "on"}
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("losetup") is None,
     reason="needs root and losetup",

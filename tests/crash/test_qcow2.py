@@ -75,6 +75,11 @@ CASES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"cluster_size": 1024, "refcount_bits": 1}, {}),
     ({"cluster_size": 512, "refcount_bits": 64}, {"discard_no_unref": "on"}),
     ({"cluster_size": 2048, "compat": "0.10"}, {"pass_discard_other": "on"}),
+    ({"cluster_size": 16384, "extended_l2": True}, {"pass_discard_other": "on"}),
+    (
+        {"cluster_size": 16384, "extended_l2": True, "preallocation": "metadata"},
+        {"discard_no_unref": "on", "l2_cache_entry_size": "512"},
+    ),
 ]
 
 

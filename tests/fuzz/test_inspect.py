@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lamina
 
-FORMATS = ["raw", "qcow2", "qcow"]
+FORMATS = ["raw", "qcow2", "qcow", "qed", "vdi"]
 SECONDS = 2.0
 """Of processor time: one is the aim, and some machines are slow."""
 
@@ -28,7 +28,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     found = {}
     for format in FORMATS:
         path = home / format
-        backing = {} if format == "raw" else {"backing_file": str(home / "raw")}
+        backing = {"backing_file": str(home / "raw")} if format.startswith("q") else {}
         if backing:
             backing["backing_format"] = "raw"
         lamina.create(path, format, "1M", **backing)

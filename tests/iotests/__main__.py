@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT.parent / "shared" / "iotests"
 SOURCE = ROOT / ".peers" / "iotests"
 PASSING = Path(__file__).with_name("passing.txt")
-UNBUILT = ("qemu-nbd", "qemu-storage-daemon")
+UNBUILT = ("qemu-storage-daemon",)
 """The runner wants all four tools. No test in ``passing.txt`` calls these."""
 
 
@@ -41,7 +41,7 @@ def fetch() -> None:
 def tools(directory: Path) -> Path:
     """The four names that QEMU's tests call."""
     bin = Path(sys.executable).parent
-    for name in ("img", "io"):
+    for name in ("img", "io", "nbd"):
         (directory / f"qemu-{name}").symlink_to(bin / f"lamina-{name}")
     for name in UNBUILT:
         tool = directory / name

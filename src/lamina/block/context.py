@@ -16,6 +16,8 @@ class OpenContext(Protocol):
     node_options: NodeOptions
     """For ``Node.__init__``."""
     secrets: Secrets
+    objects: Mapping[str, object]
+    """Other objects that users made (``--object``), by their id."""
     warn: Callable[[str], None]
     """Tells people what no error can tell: what went wrong while closing, above all."""
     inspect: bool
@@ -45,15 +47,28 @@ class OpenContext(Protocol):
         takes is refused."""
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
+        self,
+        role: str,
+        filename: str,
+        *,
+        driver: str | None,
+        relative_to: Node,
+        part: bool = False,
+        plain: bool = False,
     ) -> Node | None:
         """Open what an image *names* (backing file, data file, extent): passes the opening policy.
 
         ``filename`` as stored; ``driver`` as stored or None to probe. ``part``: the name is that of
         a local file without which the image says nothing of itself, so it is opened by those who
-        inspect as well, unless their policy denies everything. None is returned where the user said
-        ``backing=null`` or only inspects. Raises Refused, or what opening raises.
+        inspect as well, unless their policy denies everything. ``plain``: the name is a path as it
+        is, seen from the working directory; nothing in it is a prefix. None is returned where the
+        user said ``backing=null`` or only inspects. Raises Refused, or what opening raises.
         """
+
+    def create_part(self, role: str, filename: str, *, relative_to: Node) -> Node:
+        """Create and open another local file that an open image is to consist of, and is going to
+        name: for images that grow. Passes the opening policy; raises StorageError (EEXIST) where
+        there is such a file."""
 
 
 class CreateContext(Protocol):
@@ -64,8 +79,15 @@ class CreateContext(Protocol):
     secrets: Secrets
     warn: Callable[[str], None]
 
-    def backing_node(self) -> Node | None:
-        """The backing file of the new image, opened for reading, where one was named and opened."""
+    def backing_node(self, *, needed: bool = False) -> Node | None:
+        """The backing file of the new image, opened for reading, where one was named and opened.
 
-    def create_beside(self, filename: str, size: int) -> Node:
-        """Create and open another file that the new image consists of (data file, extent)."""
+        ``needed``: open it although the user said not to look at it, since the image says more of
+        it than its name. Raises what opening it raises.
+        """
+
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Node:
+        """Create and open another file that the new image consists of (data file, extent).
+
+        ``from_here``: its name is seen from the working directory, not from the new image.
+        """

@@ -250,16 +250,16 @@ class Creation:
 
     # -- what the format asks for ----------------------------------------------------------------
 
-    def backing_node(self) -> Node | None:
+    def backing_node(self, *, needed: bool = False) -> Node | None:
         name = self._given.get(BACKING_FILE)
-        if name is None or not self._with_backing:
+        if name is None or not (self._with_backing or needed):
             return None
         if self._backing is None:
             self._backing = self._open_backing(name)
         return self._backing
 
-    def create_beside(self, filename: str, size: int) -> Node:
-        full = filenames.combine(self.filename, filename)
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Node:
+        full = filename if from_here else filenames.combine(self.filename, filename)
         driver = registry.driver(filenames.protocol_options(full)["driver"])
         assert driver.CreateOptions is not None
         options: Any

@@ -18,7 +18,8 @@ class Kind(enum.IntEnum):
     ZERO = 1
     """Reads as zeroes. ``host_offset`` >= 0: the space is reserved all the same."""
     BELOW = 2
-    """Not here: ask the backing file; without one, zeroes."""
+    """Not here: ask the backing file; without one, zeroes. ``host_offset`` >= 0: space is reserved
+    all the same."""
     ENCODED = 3
     """A compressed unit at ``node``:``host_offset``, ``stored_length`` bytes long."""
     INLINE = 4
@@ -39,7 +40,8 @@ class Extent(NamedTuple):
     length: int
     kind: Kind
     node: Node | None = None
-    """Where ``host_offset`` points into, for DATA, ENCODED and reserved ZERO."""
+    """Where ``host_offset`` points into, for DATA, ENCODED and reserved ZERO or BELOW. BELOW without
+    a host offset: set by who cannot tell what is read there."""
     host_offset: int = -1
     stored_length: int = 0
     """ENCODED: bytes at ``host_offset`` that hold the encoded unit (an upper bound will do)."""

@@ -199,6 +199,16 @@ class Node(ABC):
         """
         return 0
 
+    can_send: ClassVar[bool] = False
+    """``send_to`` does something."""
+
+    def send_to(self, descriptor: int, offset: int, length: int) -> int:
+        """Send bytes to a socket without having them pass through memory.
+
+        Returns how many were sent, perhaps none: the rest has to be read. Raises OSError.
+        """
+        return 0
+
     @abstractmethod
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Where these bytes are, in order, without gaps; this layer only (``Kind.BELOW``)."""

@@ -23,7 +23,7 @@ from lamina.block.keyvalue import flatten, subset
 from lamina.block.node import Node, NodeOptions
 from lamina.block.options import Spec, Type, convert, parse
 from lamina.block.policy import Policy, check_format, check_named
-from lamina.errors import LaminaError, UsageError
+from lamina.errors import ImageUnsupported, LaminaError, StorageError, UsageError
 from lamina.records import replace
 
 if TYPE_CHECKING:
@@ -249,6 +249,7 @@ class Context:
     ) -> None:
         self.node_options = settings
         self.secrets: Secrets = opener.session.secrets
+        self.objects: Mapping[str, object] = opener.session.objects
         self.warn = opener.session.warn
         self.inspect = opener.inspect
         self.locked = opener.locked or opener.inspect
@@ -283,7 +284,14 @@ class Context:
         return _take(self._rest, prefix)
 
     def open_named(
-        self, role: str, filename: str, *, driver: str | None, relative_to: Node, part: bool = False
+        self,
+        role: str,
+        filename: str,
+        *,
+        driver: str | None,
+        relative_to: Node,
+        part: bool = False,
+        plain: bool = False,
     ) -> Node | None:
         if self._rest.get(role, "") is None:
             del self._rest[role]
@@ -295,15 +303,42 @@ class Context:
         if role in self._rest and not inspecting:
             reference = self._rest.pop(role)
             return self._prefixed(role, lambda: self._opener.session.node(str(reference)))
+        if inspecting and role != "backing":
+            # What is not opened cannot be wrong.
+            self._rest.pop(role, None)
+            _take(self._rest, f"{role}.")
         if inspecting or (role == "backing" and not self._opener.backing):
             return None
         explicit = _take(self._rest, f"{role}.")
         node = self._prefixed(
-            role, lambda: self._open_named(role, filename, driver, relative_to, explicit)
+            role, lambda: self._open_named(role, filename, driver, relative_to, explicit, plain)
         )
         if node is not None:
             self.opened[role] = node
         return node
+
+    def create_part(self, role: str, filename: str, *, relative_to: Node) -> Node:
+        full = filenames.full_backing_filename(relative_to, filenames.plain_name(filename))
+        path = filenames.local_file(full)
+        self._check_named(role, filename, path, relative_to)
+        if path is None:
+            raise ImageUnsupported("Only images in local files can get more of them")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except OSError as error:
+            raise StorageError.from_os_error(error, path=path) from None
+        return self._opener.open(full, {}, _below_format(self.node_options), protocol=True)
+
+    def _check_named(
+        self, role: str, filename: str, path: str | None, relative_to: Node
+    ) -> str | None:
+        """Raises Refused unless ``path``, of what is named so, may be opened. Returns the path of
+        the image."""
+        storage = filenames.storage(relative_to)
+        own_path = storage.filename if filenames.is_local(storage) else None
+        what = role.removesuffix("-file")
+        check_named(self._opener.session.policy, filename, what, path, own_path)
+        return own_path
 
     def _open_named(
         self,
@@ -312,6 +347,7 @@ class Context:
         driver: str | None,
         relative_to: Node,
         explicit: dict[str, Any],
+        plain: bool,
     ) -> Node | None:
         protocol = role != "backing"
         defaults = _below_format(self.node_options)
@@ -328,11 +364,9 @@ class Context:
             raise UsageError("Must specify either driver or file")
         if "\0" in filename:
             raise UsageError(f"The name of the {role} file contains a NUL byte")
-        full = filenames.full_backing_filename(relative_to, filename)
-        path = filenames.local_file(full)
-        storage = filenames.storage(relative_to)
-        own_path = storage.filename if filenames.is_local(storage) else None
-        check_named(self._opener.session.policy, filename, role, path, own_path)
+        full = filename if plain else filenames.full_backing_filename(relative_to, filename)
+        path = filename if plain else filenames.local_file(full)
+        own_path = self._check_named(role, filename, path, relative_to)
         # A file of this image is no step down the chain: only backing files can lead back.
         chain = (*self._chain, _identity(relative_to.filename, own_path))
         if role == "backing" and _identity(full, path) in chain:
@@ -341,6 +375,11 @@ class Context:
             explicit.setdefault("driver", driver)
             if self._opener.session.policy is not Policy.ALLOW:
                 check_format(driver, filename, role)
+        if plain and "driver" not in explicit:
+            explicit["driver"] = filenames.local_driver(filename)
+            explicit["filename"] = filename
+            return self._opener.open(None, explicit, defaults, chain=chain)
+        full = filenames.plain_name(filename) if plain else full
         return self._opener.open(full, explicit, defaults, protocol=protocol, chain=chain)
 
     @staticmethod

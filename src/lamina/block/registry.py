@@ -14,16 +14,23 @@ if TYPE_CHECKING:
     from lamina.block.driver import Driver
 
 _FORMATS = {
+    "dmg": "lamina.formats.dmg:DRIVER",
     "luks": "lamina.formats.luks:DRIVER",
+    "parallels": "lamina.formats.parallels:DRIVER",
     "qcow": "lamina.formats.qcow:DRIVER",
     "qcow2": "lamina.formats.qcow2:DRIVER",
+    "qed": "lamina.formats.qed:DRIVER",
     "raw": "lamina.formats.raw:DRIVER",
+    "vdi": "lamina.formats.vdi:DRIVER",
+    "vhdx": "lamina.formats.vhdx:DRIVER",
+    "vmdk": "lamina.formats.vmdk:DRIVER",
 }
 
 _PROTOCOLS = {
     "file": "lamina.protocols.file:DRIVER",
     "host_cdrom": "lamina.protocols.file.host_device:CDROM_DRIVER",
     "host_device": "lamina.protocols.file.host_device:DRIVER",
+    "nbd": "lamina.protocols.nbd:DRIVER",
     "null-aio": "lamina.protocols.null:AIO_DRIVER",
     "null-co": "lamina.protocols.null:DRIVER",
 }
@@ -40,6 +47,12 @@ _PREFIXES = {
     "file": "file",
     "host_cdrom": "host_cdrom",
     "host_device": "host_device",
+    "nbd": "nbd",
+    "nbd+tcp": "nbd",
+    "nbd+unix": "nbd",
+    "nbds": "nbd",
+    "nbds+tcp": "nbd",
+    "nbds+unix": "nbd",
     "null-aio": "null-aio",
     "null-co": "null-co",
 }

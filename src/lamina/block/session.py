@@ -30,6 +30,8 @@ class Session:
         warn: Callable[[str], None] = log_warning,
     ) -> None:
         self.secrets = Secrets() if secrets is None else secrets
+        self.objects: dict[str, object] = {}
+        """What users made beside secrets (TLS credentials, …), by id."""
         self.policy = policy
         self.warn = warn
         self._nodes: dict[str, Node] = {}

@@ -119,7 +119,12 @@ def _descend(
             _descend(layers, depth + 1, extent.guest_offset, inside, base, found)
         if inside < extent.length:
             rest = extent.cut(extent.guest_offset + inside, extent.end)
-            found.append(Status(rest, depth, True))
+            if below is not None and rest.host_offset >= 0:
+                # It is the backing file that has nothing there.
+                rest = rest._replace(node=None, host_offset=-1)
+            # What is absent for all that anybody knows is no zeroes (a dirty bitmap over NBD).
+            known = rest.node is None or rest.host_offset >= 0
+            found.append(Status(rest, depth, known))
 
 
 _answers: WeakKeyDictionary[Node, bool] = WeakKeyDictionary()
@@ -224,6 +229,8 @@ def _complete(
         here = _columns_split_at_holes(here)
     if last or not (here.columns.kind == Kind.BELOW).any():
         return here
+    # It is the backing file that has nothing where nobody has.
+    columns.host_offset[columns.kind == Kind.BELOW] = -1
     start = int(columns.guest_offset[0])
     stop = min(int(columns.guest_offset[-1] + columns.length[-1]), layers[depth + 1].size)
     if stop <= start:

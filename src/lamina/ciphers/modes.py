@@ -72,7 +72,7 @@ class Xts(SectorCipher):
         self._data = BlockCipher(cipher, key[:half])
         self._tweak = BlockCipher(cipher, key[half:])
         if self._data.block_size != 16:
-            raise ImageUnsupported("XTS needs a cipher with blocks of 16 bytes", field="cipher")
+            raise ImageUnsupported("Unsupported cipher mode xts", field="cipher-mode")
         super().__init__(iv, 16)
 
     def _crypt(

@@ -23,7 +23,14 @@ Decoder = Callable[[Data, int], bytes | bytearray]
 Encoder = Callable[[Data], bytes]
 
 _MODULES = {
+    "adc": "lamina.codecs.adc",
+    "bzip2": "lamina.codecs.bzip2",
+    "grain": "lamina.codecs.grain",
+    "lzfse": "lamina.codecs.lzfse",
+    "lzma": "lamina.codecs.lzma",
+    "unreadable": "lamina.codecs.unreadable",
     "zlib": "lamina.codecs.deflate",
+    "zlib-stream": "lamina.codecs.zlib_stream",
     "zstd": "lamina.codecs.zstd",
 }
 """Each offers ``decode(encoded, length)`` and ``encode(data, level)``, or only the former."""

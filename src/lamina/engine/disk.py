@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
+from lamina.block.extents import Kind
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.cache import UnitCache
@@ -51,7 +52,8 @@ class Disk(Node):
         super().__init__(context.node_options)
         self.context = context
         self.lock = threading.RLock()
-        self.ranges = Ranges(threading.Condition(self.lock))
+        self._changed = threading.Condition(self.lock)
+        self.ranges = Ranges(self._changed)
         self.units = UnitCache()
         self.reader = Reader(self)
         self.writer = Writer(self)
@@ -97,12 +99,17 @@ class Disk(Node):
         return self.mapping.size
 
     @property
+    def allocation_unit(self) -> int:
+        """In guest bytes."""
+        return self.mapping.allocation_unit or self.mapping.unit
+
+    @property
     def limits(self) -> Limits:
         mapping = self.mapping
         return Limits(
             request_alignment=mapping.request_alignment,
             write_zeroes_alignment=mapping.unit,
-            discard_alignment=mapping.unit,
+            discard_alignment=self.allocation_unit,
         )
 
     @property
@@ -211,7 +218,7 @@ class Disk(Node):
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         with self.lock:
-            return self.mapping.resolve(offset, length)
+            return self.mapping.status(offset, length)
 
     def uses_more_than(self, length: int) -> bool:
         with self.lock:
@@ -237,11 +244,20 @@ class Disk(Node):
     ) -> None:
         if size < self.size:
             # What is cut off must not come back when the disk grows again.
-            self.writer.erase(size, min(round_up(size, self.mapping.unit), self.size))
+            self.writer.erase(size, min(round_up(size, self.allocation_unit), self.size))
+        old_size = self.size
         with self.exclusive():
             self.writer.open_gate()
             self.mapping.truncate(size, preallocation, exact=exact, zeroed=zeroed)
             self.metadata.relieve()
+        if zeroed and self.backing is not None:
+            self._cover(old_size, min(self.size, self.backing.size))
+
+    def _cover(self, start: int, end: int) -> None:
+        """Zeroes over what a longer backing file would show where the disk has grown."""
+        for extent in self.extents(start, end - start) if start < end else ():
+            if extent.kind is Kind.BELOW:
+                self.writer.write_zeroes(extent.guest_offset, extent.length, _NO_FLAGS)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -257,6 +273,15 @@ class Disk(Node):
             finally:
                 self.units.forget()
                 self.ranges.release(hold)
+
+    def drain_reads(self) -> None:
+        """Wait until no read that began before this is in flight: nobody looks at old places then.
+
+        With the lock held, which others may have while this waits: tables are consistent now.
+        """
+        since = self.pins.now
+        while self.pins.oldest < since:
+            self._changed.wait(0.001)
 
     # -- VM state --------------------------------------------------------------------------------
 

@@ -86,8 +86,11 @@ class Mapping(ABC):
     size: int
     """Guest bytes."""
     unit: int
-    """The allocation unit in guest bytes: what is allocated, zeroed and discarded as one, and the
-    granularity at which the engine serialises writes. Need not be a power of two."""
+    """The smallest range in guest bytes that has a fate of its own: what is copied on write and
+    zeroed as one. Need not be a power of two."""
+    allocation_unit: int = 0
+    """What is allocated and discarded as one, and the granularity at which the engine serialises
+    requests that change tables: a multiple of ``unit``. 0: the same as ``unit``."""
     metadata: Metadata
 
     encoded_unit: int = 0
@@ -109,6 +112,9 @@ class Mapping(ABC):
     data_node: Node
     """What ``locate`` points into. Only mappings that override ``locate`` or ``locate_for_writing``
     need it."""
+    raw_node: Node | None = None
+    """A child that has to read like the disk itself, byte for byte, whatever the tables say: what
+    is zeroed or discarded is zeroed there first."""
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -119,6 +125,11 @@ class Mapping(ABC):
         Addresses behind ``size`` (VM state, the rest of the last cluster) resolve like any other.
         Raises ImageCorrupt for a table that breaks the rules.
         """
+
+    def status(self, offset: int, length: int) -> list[Extent]:
+        """The same for somebody who wants to know where the bytes are, not what they are: tells it
+        even where reading would be refused."""
+        return self.resolve(offset, length)
 
     def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
         """The quick way for small reads: a host offset in ``data_node`` for every request.
@@ -146,9 +157,9 @@ class Mapping(ABC):
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
         """Places for writes to these (guest offset, length): sorted, without overlaps.
 
-        No unit is touched by two of the ranges; adjoining writes arrive as one range. The last one
-        may end within the last unit of the disk: the rest of that unit is to be copied like any
-        other tail. If it raises, nothing has been reserved.
+        No allocation unit is touched by two of the ranges; adjoining writes arrive as one range.
+        The last one may end within the last unit of the disk: the rest of that unit is to be copied
+        like any other tail. If it raises, nothing has been reserved.
         """
 
     def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
@@ -164,12 +175,14 @@ class Mapping(ABC):
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         """Whole units read as zeroes from now on, by tables alone. Ends at a multiple of ``unit``.
 
-        False: this format cannot say it for this range; the engine writes zeroes instead.
+        The range consists of whole allocation units, or lies within one of them. False: this format
+        cannot say it for this range; the engine has the storage zero whatever does not read as
+        zeroes by then.
         """
         return False
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole units are no longer needed. Never exposes other old content."""
+        """Whole allocation units are no longer needed. Never exposes other old content."""
 
     def uses_more_than(self, length: int) -> bool | None:
         """Whether more bytes than this of the file are allocated; None: nobody counts them."""

@@ -19,6 +19,9 @@ only once nobody can still find it, after a crash or with a read in flight: ``wh
 back when that is so, just before FREES is written. Counts therefore go down inside such a callback,
 never earlier: a block of counts may be written for the sake of another entry at any time.
 
+A format that keeps a log has one edge more: each group of writes is in the log, durably, before it
+goes to its places (``WriteAheadLog``). That makes groups atomic; the stages stay as they are.
+
 Everything here happens under the disk's lock. A flush that fails may have lost what was written
 since the one before it, so writes count as dirty again until a flush has succeeded: a commit that
 raised can be repeated.
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.engine.locks import Pins
@@ -82,6 +85,16 @@ class Source(Protocol):
         """A flush failed: what has been written but is not settled is dirty again."""
 
 
+class WriteAheadLog(Protocol):
+    """Makes groups of writes happen as a whole: what is in the log is carried out after a crash."""
+
+    def groups(self, writes: Sequence[DirtyWrite]) -> Iterable[list[DirtyWrite]]:
+        """The writes, in order, in groups that it can take at once."""
+
+    def append(self, writes: Sequence[DirtyWrite]) -> None:
+        """Add a group. All groups before it are carried out and durable: they can be forgotten."""
+
+
 class Metadata:
     """The dirty metadata of one image, and the order in which it is written.
 
@@ -96,6 +109,8 @@ class Metadata:
         self.lazy_counts = False
         """While set, commits leave COUNTS, COUNT_ROOTS and FREES for later (``commit(True)``): the
         format has marked the image so that the counts are rebuilt after a crash."""
+        self.log: WriteAheadLog | None = None
+        """Where writes are made durable before they go to their places."""
         self.pins = Pins()
         """Reads in flight; the disk puts its own here."""
         self._puts: dict[Node, Puts] = {file: Puts()}
@@ -200,11 +215,19 @@ class Metadata:
                 writes += found
         if not writes:
             return
-        if stage is not Stage.COUNTS:
+        if stage is not Stage.COUNTS or self.log is not None:
             self.barrier()
         for event in dict.fromkeys(write.event for write in writes if write.event):
             self.file.event(event)
         writes.sort(key=_host_offset)
+        if self.log is None:
+            self._write(writes)
+        else:
+            self._write_by_log(self.log, writes)
+        for source in sources:
+            source.written(stage, self._generation)
+
+    def _write(self, writes: Sequence[DirtyWrite]) -> None:
         batches: dict[Node, list[WriteRequest]] = {}
         for write in writes:
             batches.setdefault(write.node or self.file, []).append((write.host_offset, write.data))
@@ -212,8 +235,15 @@ class Metadata:
             self._unflushed[id(node)] = node
             node.writev(batch)
         self._generation += 1
-        for source in sources:
-            source.written(stage, self._generation)
+
+    def _write_by_log(self, log: WriteAheadLog, writes: Sequence[DirtyWrite]) -> None:
+        """A log before its target; what the log held before is durable by now."""
+        for group in log.groups(writes):
+            self.barrier()
+            self.data_written(self.file)
+            log.append(group)
+            self.barrier()
+            self._write(group)
 
     def barrier(self) -> None:
         """Make everything written so far durable; nothing to do where nothing was written."""

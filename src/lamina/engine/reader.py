@@ -151,10 +151,39 @@ class Reader:
             batch.append(unit)
             size += unit.extent.unit_length
             if size >= DECODE_AHEAD:
-                self._decode(batch)
+                self._decode_once(batch)
                 batch, size = [], 0
         if batch:
-            self._decode(batch)
+            self._decode_once(batch)
+
+    def _decode_once(self, units: list[Unit]) -> None:
+        """Decode units; those that another thread is decoding parts of are taken from it."""
+        cache = self.disk.units
+        mine: list[Unit] = []
+        begun: list[Extent] = []
+        others: list[Unit] = []
+        for unit in units:
+            if unit.wanted == unit.extent.unit_length:
+                mine.append(unit)
+            elif cache.begin(unit.extent):
+                mine.append(unit)
+                begun.append(unit.extent)
+            else:
+                others.append(unit)
+        try:
+            if mine:
+                self._decode(mine)
+        finally:
+            for extent in begun:
+                cache.end(extent)
+        for unit in others:
+            cache.wait(unit.extent)
+            decoded = cache.get(unit.extent)
+            if decoded is None:
+                self._decode([unit])
+            else:
+                for extent, part in unit.parts:
+                    _copy(decoded, extent, part)
 
     def _decode(self, units: list[Unit]) -> None:
         """Fetch and decode units, which are in host order."""
@@ -177,12 +206,10 @@ class Reader:
             error.path = error.path or self.disk.filename
             error.offset = extent.host_offset
             raise
-        used = 0
         for part_extent, part in unit.parts:
             _copy(decoded, part_extent, part)
-            used += len(part)
         # A unit that was read as a whole will hardly be asked for again.
-        if used < extent.unit_length:
+        if unit.wanted < extent.unit_length:
             self.disk.units.add(extent, decoded)
 
 
@@ -195,6 +222,11 @@ class Unit:
         self.extent = extent
         self.parts: list[tuple[Extent, memoryview]] = []
         self.encoded = memoryview(b"")
+
+    @property
+    def wanted(self) -> int:
+        """Bytes of it that somebody wants."""
+        return sum(len(part) for _, part in self.parts)
 
 
 def _decoder(codec: str) -> Decoder:

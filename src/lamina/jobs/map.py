@@ -89,7 +89,7 @@ class _Fates:
     def number(
         self, kind: int, depth: int, reads_zero: bool, has_offset: bool, file: Node | None
     ) -> int:
-        plain = kind in (Kind.DATA, Kind.ZERO) and not self._encrypted[depth]
+        plain = kind not in (Kind.ENCODED, Kind.INLINE) and not self._encrypted[depth]
         fate = Fate(
             depth,
             kind != Kind.BELOW,

@@ -14,6 +14,8 @@ torn between sectors. ``power_cuts`` plays them all:
         disk = open_disk(MemoryFile(cut.content))
         cut.verify(disk.read(0, disk.size))
 
+An image of two files has a ``CrashFile`` ``beside`` the other: one journal, a flush for each.
+
 ``cut.verify`` knows what the guest may expect: what was flushed is there, byte for byte, except
 where later requests were under way; those bytes are old or new, and nothing else.
 """
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.limits import Preallocation, WriteFlags
-from lamina.block.node import WriteRequest
+from lamina.block.node import NodeOptions, WriteRequest
 from lamina.testing.memory import MemoryFile
 
 if TYPE_CHECKING:
@@ -41,20 +43,35 @@ class Step(NamedTuple):
     offset: int
     """Of the write; or the new length."""
     data: bytes | None
+    file: int = 0
+    """Which file: 1 is the one beside the first."""
+
+
+class Flush:
+    """The other kind of entry: what was written to this file before is durable."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+
+    def __bool__(self) -> bool:
+        return False
 
 
 class CrashFile(MemoryFile):
     """A memory file that records what reaches storage, and when it was flushed."""
 
-    def __init__(self, content: bytes = b"") -> None:
-        super().__init__(content)
-        self.initial = bytes(content)
-        self.journal: list[Step | None] = []
-        """None: a flush."""
+    def __init__(self, content: bytes = b"", *, main: CrashFile | None = None) -> None:
+        """``main``: the file that this one lies beside."""
+        super().__init__(content, NodeOptions(read_only=False, unmap=True, filename="memory"))
+        self.journal: list[Step | Flush] = [] if main is None else main.journal
+        self.number = 0 if main is None else 1
+        self.beside: CrashFile | None = None
+        if main is not None:
+            main.beside = self
 
     def _store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         super()._store(offset, data)
-        self.journal.append(Step(offset, bytes(data)))
+        self.journal.append(Step(offset, bytes(data), self.number))
 
     def truncate(
         self,
@@ -65,11 +82,11 @@ class CrashFile(MemoryFile):
         zeroed: bool = False,
     ) -> None:
         super().truncate(size, preallocation, exact=exact, zeroed=zeroed)
-        self.journal.append(Step(size, None))
+        self.journal.append(Step(size, None, self.number))
 
     def _flush(self) -> None:
         super()._flush()
-        self.journal.append(None)
+        self.journal.append(Flush(self.number))
 
 
 class GuestOperation(NamedTuple):
@@ -136,6 +153,8 @@ class PowerCut(NamedTuple):
     outcome: str
     content: bytes
     guest: GuestLog
+    beside: bytes = b""
+    """The content of the second file."""
 
     def verify(self, found: bytes) -> None:
         """``found``, the guest's disk as it reads now, is allowed. Raises AssertionError."""
@@ -169,31 +188,41 @@ def power_cuts(
     guest_content: bytes,
     seed: int = 0,
     subsets: int = 2,
+    beside: bytes | None = None,
 ) -> Iterator[PowerCut]:
     """Run ``workload`` once, then yield every state in which a power cut may leave the file.
 
     ``initial`` is the file before, ``guest_content`` what the disk in it reads as; ``subsets`` is
-    how many random outcomes each moment gets beside the systematic ones.
+    how many random outcomes each moment gets beside the systematic ones. ``beside``: the content of
+    a second file, which the workload finds as ``file.beside``.
     """
     file = CrashFile(initial)
+    if beside is not None:
+        CrashFile(beside, main=file)
     guest = GuestLog(file, guest_content)
     workload(file, guest)
     rng = random.Random(seed)
-    durable = bytearray(initial)
+    durable = (bytearray(initial), bytearray(beside or b""))
     pending: list[Step] = []
-    for at, entry in enumerate([*file.journal, None]):
-        if entry is None:
+
+    def cut(at: int, outcome: str, steps: Sequence[Step]) -> PowerCut:
+        content, other = _apply(durable, steps)
+        return PowerCut(at, outcome, content, guest, other)
+
+    for at, entry in enumerate([*file.journal, Flush(0)]):
+        if isinstance(entry, Flush):
             for outcome, steps in _outcomes(pending, rng, subsets):
-                yield PowerCut(at, outcome, _apply(durable, steps), guest)
+                yield cut(at, outcome, steps)
             for step in pending:
-                _carry_out(durable, step)
-            pending = []
+                if step.file == entry.file:
+                    _carry_out(durable[step.file], step)
+            pending = [step for step in pending if step.file != entry.file]
             continue
         pending.append(entry)
         # Dropping everything is the same state until the next flush.
         for outcome, steps in _outcomes(pending, rng, subsets if len(pending) > 1 else 0):
             if outcome != "nothing kept":
-                yield PowerCut(at + 1, outcome, _apply(durable, steps), guest)
+                yield cut(at + 1, outcome, steps)
 
 
 def _outcomes(
@@ -229,16 +258,17 @@ def _torn(step: Step, rng: random.Random) -> list[Step]:
     while start < end:
         stop = min(start // SECTOR * SECTOR + SECTOR, end)
         if rng.random() < 0.5:
-            parts.append(Step(start, step.data[start - step.offset : stop - step.offset]))
+            part = step.data[start - step.offset : stop - step.offset]
+            parts.append(Step(start, part, step.file))
         start = stop
     return parts
 
 
-def _apply(durable: bytearray, steps: Sequence[Step]) -> bytes:
-    content = bytearray(durable)
+def _apply(durable: tuple[bytearray, bytearray], steps: Sequence[Step]) -> tuple[bytes, bytes]:
+    contents = (bytearray(durable[0]), bytearray(durable[1]))
     for step in steps:
-        _carry_out(content, step)
-    return bytes(content)
+        _carry_out(contents[step.file], step)
+    return bytes(contents[0]), bytes(contents[1])
 
 
 def _carry_out(content: bytearray, step: Step) -> None:

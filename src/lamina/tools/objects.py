@@ -1,4 +1,4 @@
-"""``--object TYPE,id=ID,KEY=VALUE,…`` (or JSON): what images need beside their files.
+"""``--object TYPE,id=ID,KEY=VALUE,…`` (or JSON): what images and servers need beside their files.
 
 Secrets are passphrases and keys: given on the command line or in a file, plain or in base64, and
 maybe themselves encrypted (AES-256-CBC, PKCS#7) with the key that another secret holds.
@@ -15,11 +15,26 @@ from lamina.errors import UsageError
 from lamina.tools.tool import EXIT_OK, Exit
 
 if TYPE_CHECKING:
+    from lamina.block.tls import Authorization, TlsCredentials
     from lamina.tools.tool import Tool
 
 _SECRET_KEYS = {"qom-type", "id", "data", "file", "format", "keyid", "iv"}
+_TLS_KEYS = {
+    "x509": {"dir", "endpoint", "verify-peer", "passwordid", "priority", "sanity-check"},
+    "psk": {"dir", "endpoint", "username", "priority", "verify-peer"},
+    "anon": {"dir", "endpoint", "priority", "verify-peer"},
+}
+_TLS = "tls-creds-"
+_AUTHZ = "authz-simple"
+_TYPES = {"secret": _SECRET_KEYS, _AUTHZ: {"identity"}} | {
+    _TLS + kind: keys for kind, keys in _TLS_KEYS.items()
+}
 _HELP = """List of user creatable objects:
-  secret (data=… or file=…, format=raw|base64, keyid=…, iv=…)"""
+  authz-simple (identity=…)
+  secret (data=… or file=…, format=raw|base64, keyid=…, iv=…)
+  tls-creds-anon (endpoint=client|server)
+  tls-creds-psk (dir=…, endpoint=client|server, username=…)
+  tls-creds-x509 (dir=…, endpoint=client|server, verify-peer=on|off, passwordid=…)"""
 _KEY_LENGTH = 32
 _IV_LENGTH = 16
 
@@ -33,7 +48,7 @@ def add_object(tool: Tool, text: str) -> None:
     for needed in ("qom-type", "id"):
         if needed not in given:
             raise UsageError(f"Parameter '{needed}' is missing")
-        if needed == "qom-type" and given["qom-type"] != "secret":
+        if needed == "qom-type" and given["qom-type"] not in _TYPES:
             raise UsageError(f"Parameter 'qom-type' does not accept value '{given['qom-type']}'")
     name = given["id"]
     if not _is_identifier(name):
@@ -41,14 +56,21 @@ def add_object(tool: Tool, text: str) -> None:
             "Parameter 'id' expects an identifier",
             hint="Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
         )
+    kind = given["qom-type"]
     for key in given:
-        if key not in _SECRET_KEYS:
+        if key not in _TYPES[kind] | {"qom-type", "id"}:
             raise UsageError(f"Parameter '{key}' is unexpected")
-    if name in tool.session.secrets:
+    session = tool.session
+    if name in session.secrets or name in session.objects:
         raise UsageError(
             f"attempt to add duplicate property '{name}' to object (type 'container')"
         )
-    tool.session.secrets.add(name, _secret(tool, given))
+    if kind == "secret":
+        session.secrets.add(name, _secret(tool, given))
+    elif kind == _AUTHZ:
+        session.objects[name] = _authorization(given)
+    else:
+        session.objects[name] = _tls_credentials(tool, kind.removeprefix(_TLS), given)
 
 
 def _key_values(text: str) -> dict[str, Any]:
@@ -90,6 +112,44 @@ def _is_identifier(name: str) -> bool:
 
 
 _IDENTIFIER = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+
+
+# TLS ---------------------------------------------------------------------------------------------
+
+
+def _tls_credentials(tool: Tool, kind: str, given: Mapping[str, Any]) -> TlsCredentials:
+    from lamina.block.options import Spec, Type, convert
+    from lamina.block.tls import TlsCredentials
+
+    endpoint = given.get("endpoint", "client")
+    if endpoint not in ("client", "server"):
+        raise UsageError(f"Parameter 'endpoint' does not accept value '{endpoint}'")
+    if given.get("priority", "NORMAL") != "NORMAL":
+        raise UsageError("Parameter 'priority' (of GnuTLS) is not supported")
+    if "dir" not in given and kind != "anon":
+        raise UsageError("Missing 'dir' property value")
+    password = None
+    if "passwordid" in given:
+        password = tool.session.secrets.lookup(given["passwordid"])
+    verify = convert(Spec("verify-peer", Type.BOOL, ""), given.get("verify-peer", "on"))
+    credentials = TlsCredentials(
+        kind,
+        endpoint,
+        given.get("dir"),
+        verify_peer=verify,
+        username=given.get("username", "qemu"),
+        password=password,
+    )
+    credentials.check()
+    return credentials
+
+
+def _authorization(given: Mapping[str, str]) -> Authorization:
+    from lamina.block.tls import Authorization
+
+    if "identity" not in given:
+        raise UsageError("Parameter 'identity' is missing")
+    return Authorization(given["identity"])
 
 
 # Secrets -----------------------------------------------------------------------------------------

@@ -63,3 +63,18 @@ def open_given(tool: Tool, given: Parsed, name: str, **how: Any) -> Backend:
         force_share=given.flag("force-share"),
         **how,
     )
+
+
+def load_snapshot(source: Backend, wanted: str) -> None:
+    """Show what an internal snapshot holds, for reading only.
+
+    ``wanted``: an id or a name, or ``snapshot.id=…,snapshot.name=…``.
+    """
+    from lamina.block import registry
+    from lamina.block.keyvalue import parse_keyvalue
+
+    if wanted.startswith("snapshot."):
+        said = parse_keyvalue(wanted)
+        wanted = str(said.get("snapshot.id", said.get("snapshot.name", "")))
+    layer = source.node.unfiltered
+    registry.driver(layer.driver).load_snapshot(layer, wanted)

@@ -262,6 +262,30 @@ def test_a_part_of_a_unit_is_zeroed_as_a_whole_if_the_rest_is_zero() -> None:
         make(backing=b"y" * UNIT).write_zeroes(10, 100, WriteFlags.NO_FALLBACK)
 
 
+def test_storage_zeroes_what_tables_cannot() -> None:
+    disk = make(backing=b"y" * SIZE)
+    disk.mapping.zero = lambda offset, length, may_unmap: False  # type: ignore[method-assign]
+    disk.write(UNIT, b"x" * UNIT)
+    file = storage(disk)
+    disk.flush()
+    file.calls.clear()
+    disk.write_zeroes(0, 3 * UNIT)
+    disk.write_zeroes(7 * UNIT + 100, 200)
+    # Copies around the last one are data; nothing else is.
+    assert (file.calls.count("zero"), file.calls.count("write")) == (4, 1)
+    assert disk.read(0, 4 * UNIT) == bytes(3 * UNIT) + b"y" * UNIT
+    assert disk.read(7 * UNIT, UNIT) == b"y" * 100 + bytes(200) + b"y" * (UNIT - 300)
+    checked(disk)
+
+
+def test_zeroes_over_zeroes_take_no_space() -> None:
+    disk = make(backing=b"y" * UNIT)
+    disk.mapping.zero = lambda offset, length, may_unmap: False  # type: ignore[method-assign]
+    disk.write_zeroes(0, SIZE)
+    assert [kind for _, kind in kinds(disk)] == [Kind.DATA, Kind.BELOW]
+    checked(disk)
+
+
 def test_the_end_of_the_disk_is_the_end_of_a_unit() -> None:
     size = 10 * UNIT + 1000
     disk = make(backing=b"y" * size, size=size)

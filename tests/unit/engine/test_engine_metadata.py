@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from lamina.block.node import NodeOptions
-from lamina.engine.metadata import Metadata, Stage
+from lamina.engine.metadata import DirtyWrite, Metadata, Stage
 from lamina.engine.tables import TableCache
 from lamina.errors import StorageError
 from lamina.testing.crash import CrashFile, Step
@@ -312,3 +314,71 @@ def test_a_failed_flush_of_one_file_makes_all_dirty_again() -> None:
     metadata.commit()
     assert journal(other) == [0, "flush", 0, "flush"]
     assert journal(file) == [0]
+
+
+# -- a log before its targets ----------------------------------------------------------------------
+
+
+class PlainLog:
+    """Writes what it is told to the end of the file, two writes at a time."""
+
+    def __init__(self, file: CrashFile, place: int) -> None:
+        self.file = file
+        self.place = place
+        self.appended: list[list[int]] = []
+
+    def groups(self, writes: Sequence[DirtyWrite]) -> list[list[DirtyWrite]]:
+        return [list(writes[start : start + 2]) for start in range(0, len(writes), 2)]
+
+    def append(self, writes: Sequence[DirtyWrite]) -> None:
+        self.appended.append([write.host_offset for write in writes])
+        self.file.write(self.place, b"".join(bytes(write.data) for write in writes))
+
+
+def test_a_log_is_durable_before_its_targets_are_written() -> None:
+    file, metadata = make()
+    metadata.log = PlainLog(file, 50_000)
+    metadata.put(Stage.TABLES, 100, b"a")
+    metadata.put(Stage.ROOTS, 200, b"b")
+    metadata.commit()
+    assert journal(file) == [50_000, "flush", 100, "flush", 50_000, "flush", 200]
+    assert not metadata.dirty
+
+
+def test_what_does_not_fit_into_the_log_goes_in_groups() -> None:
+    """The log may forget a group when the next one comes: it is in place, durably."""
+    file, metadata = make()
+    metadata.log = log = PlainLog(file, 50_000)
+    metadata.data_written(file)
+    for number in range(3):
+        metadata.put(Stage.COUNTS, 1000 * number, b"x")
+    metadata.commit()
+    assert log.appended == [[0, 1000], [2000]]
+    first = ["flush", 50_000, "flush", 0, 1000]
+    assert journal(file) == [*first, "flush", 50_000, "flush", 2000]
+
+
+@pytest.mark.parametrize("kind", ["write", "flush"])
+@pytest.mark.parametrize("after", range(4))
+def test_a_failure_at_the_log_leaves_everything_dirty(kind: str, after: int) -> None:
+    file, metadata = make()
+    metadata.log = PlainLog(file, 50_000)
+    metadata.data_written(file)
+    for number in range(3):
+        metadata.put(Stage.TABLES, 1000 * number, b"x")
+    left = [after]
+
+    def hook(what: str, offset: int, length: int) -> None:
+        if what == kind:
+            left[0] -= 1
+            if left[0] < 0:
+                raise StorageError.from_errno(5)
+
+    file.hook = hook
+    with pytest.raises(StorageError):
+        metadata.commit()
+    file.hook = None
+    assert metadata.dirty_bytes == 3
+    metadata.commit()
+    assert not metadata.dirty
+    assert [file.content[at] for at in (0, 1000, 2000)] == [ord("x")] * 3

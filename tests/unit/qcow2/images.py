@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lamina.block.node import Node, NodeOptions
@@ -18,10 +19,24 @@ from lamina.testing.context import NodesContext
 from lamina.testing.memory import MemoryFile
 
 
-def make(size: int, **options: Any) -> bytes:
-    """The bytes of a new image."""
+class _Beside:
+    """A ``CreateContext`` as far as a data file is concerned."""
+
+    def __init__(self, file: Node | None) -> None:
+        self.file = file
+
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Node:
+        assert self.file is not None
+        self.file.truncate(size)
+        return self.file
+
+
+def make(size: int, *, data: Node | None = None, **options: Any) -> bytes:
+    """The bytes of a new image; its guest data goes to ``data`` if there is one."""
     file = MemoryFile()
-    create(CreateOptions(size=size, **options), file)
+    if data is not None:
+        options["data_file"] = "data"
+    create(CreateOptions(size=size, **options), file, _Beside(data))  # type: ignore[arg-type]
     return bytes(file.content)
 
 
@@ -29,13 +44,15 @@ def open_image(
     file: Node,
     *,
     backing: Node | None = None,
+    data: Node | None = None,
     node_options: NodeOptions | None = None,
     check: bool = False,
     inspect: bool = False,
     **options: str,
 ) -> Disk:
     """Open what is in ``file``; ``options`` are runtime options, underscores for dashes."""
-    context = NodesContext(file, backing=backing, node_options=node_options)
+    children = {} if data is None else {"data_file": data}
+    context = NodesContext(file, backing=backing, node_options=node_options, **children)
     context.check, context.inspect = check, inspect
     given = {key.replace("_", "-"): value for key, value in options.items()}
     parsed, unknown = parse(Options, given)
@@ -74,6 +91,8 @@ def verify(content: bytes) -> Verdict:
         return struct.unpack(f">{count}Q", data)
 
     refer(0, unit, "header")
+    if header.crypto is not None:
+        refer(header.crypto.offset, header.crypto.length, "LUKS header")
     refer(header.refcount_table_offset, header.refcount_table_clusters * unit, "refcount table")
     blocks = words(header.refcount_table_offset, header.refcount_table_clusters * unit // 8)
     for block in filter(None, blocks):
@@ -82,6 +101,17 @@ def verify(content: bytes) -> Verdict:
         refer(block, unit, "refcount block")
 
     copied: list[tuple[int, bool, str]] = []
+    external = bool(header.incompatible_features & 4)
+    entry_size = 16 if header.incompatible_features & 16 else 8
+
+    def entries(table: int) -> Iterator[tuple[int, int, int]]:
+        """(index, entry, bitmap or 0)"""
+        found = words(table, unit // 8)
+        if entry_size == 8:
+            yield from ((index, entry, 0) for index, entry in enumerate(found))
+        else:
+            pairs = zip(found[::2], found[1::2], strict=True)
+            yield from ((index, *pair) for index, pair in enumerate(pairs))
 
     def walk_l1(offset: int, size: int, active: bool) -> None:
         if size:
@@ -95,9 +125,19 @@ def verify(content: bytes) -> Verdict:
             refer(table, unit, "L2 table")
             if active:
                 copied.append((table, bool(l1_entry >> 63), f"L1 entry {l1_index}"))
-            for index, entry in enumerate(words(table, unit // 8)):
+            for index, entry, bitmap in entries(table):
                 where = f"L2 entry {l1_index}:{index}"
-                if entry >> 62 & 1:
+                place = entry & 0x00FFFFFFFFFFFE00
+                named = bool(place or (external and entry >> 63))
+                if bitmap & bitmap >> 32 or (bitmap & 0xFFFFFFFF and not named):
+                    errors.append(f"{where} has a bad bitmap: {bitmap:#x}")
+                if bitmap and entry >> 62 & 1:
+                    errors.append(f"{where} is compressed and has a bitmap")
+                if external:
+                    guest = (l1_index * (unit // entry_size) + index) * unit
+                    if entry >> 62 & 1 or (named and (place != guest or not entry >> 63)):
+                        errors.append(f"{where} does not suit a data file: {entry:#x}")
+                elif entry >> 62 & 1:
                     shift = 62 - (header.cluster_bits - 8)
                     start = entry & (1 << shift) - 1
                     sectors = (entry & (1 << 62) - 1) >> shift
@@ -105,8 +145,7 @@ def verify(content: bytes) -> Verdict:
                     refer(start, end - start, where)
                     if entry >> 63:
                         errors.append(f"{where} is compressed and COPIED")
-                elif entry & 0x00FFFFFFFFFFFE00:
-                    place = entry & 0x00FFFFFFFFFFFE00
+                elif place:
                     if place % unit or (entry & 1 and header.version < 3):
                         errors.append(f"{where} is bad: {entry:#x}")
                     refer(place, unit, where)

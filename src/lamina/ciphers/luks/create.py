@@ -44,8 +44,8 @@ def new_header(
 
 def slot_iterations(header: Header, iter_time: int) -> int:
     """So many that deriving a key takes ``iter_time`` milliseconds here. Raises UsageError."""
-    if not 0 < iter_time <= 0xFFFFFFFF:
-        raise UsageError("iter-time must be between 1 and 4294967295", field="iter-time")
+    if not 0 <= iter_time <= 0xFFFFFFFF:
+        raise UsageError("iter-time must be between 0 and 4294967295", field="iter-time")
     iterations = iterations_per_second(header.hash, header.key_bytes) * iter_time // 1000
     if iterations > 0xFFFFFFFF:
         raise UsageError(f"PBKDF iterations {iterations} larger than 4294967295")

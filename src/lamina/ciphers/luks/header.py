@@ -54,12 +54,18 @@ class Header:
         """What a key slot's split key takes."""
         return self.key_bytes * STRIPES
 
+    @property
+    def slots_end(self) -> int:
+        """Bytes from the header to where the last key slot's material ends, as QEMU aligns it."""
+        area = round_up(self.material_bytes, SLOT_ALIGNMENT)
+        return max(slot.offset for slot in self.slots) + area
+
     def place_slots(self, *, detached: bool = False) -> None:
         """Lay the key slots out as QEMU does, and the payload behind them."""
-        area = round_up(round_up(self.material_bytes, SECTOR), SLOT_ALIGNMENT)
+        area = round_up(self.material_bytes, SLOT_ALIGNMENT)
         for number, slot in enumerate(self.slots):
             slot.offset = FIRST_SLOT_OFFSET + number * area
-        self.payload_offset = 0 if detached else FIRST_SLOT_OFFSET + SLOTS * area
+        self.payload_offset = 0 if detached else self.slots_end
 
     def pack(self) -> bytes:
         head = _HEADER.pack(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from functools import partial
 
 STRIPES = 4000
 
@@ -35,17 +36,6 @@ def iterations_per_second(hash_name: str, length: int) -> int:
         iterations *= 4
 
 
-def diffuse(data: bytes, hash_name: str) -> bytes:
-    """H_diffuse: each digest-sized piece is replaced by its hash, numbered big-endian."""
-    size = hashlib.new(hash_name).digest_size
-    pieces = []
-    for number, start in enumerate(range(0, len(data), size)):
-        piece = data[start : start + size]
-        digest = hashlib.new(hash_name, number.to_bytes(4, "big") + piece).digest()
-        pieces.append(digest[: len(piece)])
-    return b"".join(pieces)
-
-
 def merge(material: bytes, length: int, hash_name: str) -> bytes:
     """The key of ``length`` bytes that ``split`` took apart."""
     return _xor(_diffused_chain(material, length, hash_name), material[-length:])
@@ -59,11 +49,29 @@ def split(key: bytes, hash_name: str, stripes: int = STRIPES) -> bytes:
 
 
 def _diffused_chain(material: bytes, length: int, hash_name: str) -> bytes:
-    """Over all stripes but the last."""
-    chain = bytes(length)
+    """Over all stripes but the last: each is XORed to what there is, and that is diffused.
+
+    H_diffuse replaces each digest-sized piece by its hash, numbered big-endian; the last one is cut
+    to the length of its piece.
+    """
+    new = getattr(hashlib, hash_name, None) or partial(hashlib.new, hash_name)
+    size = new().digest_size
+    # Hashes that have seen the number of their piece, and where that piece begins.
+    pieces = [
+        (new(number.to_bytes(4, "big")), start)
+        for number, start in enumerate(range(0, length, size))
+    ]
+    number = int.from_bytes
+    chain = 0
     for start in range(0, len(material) - length, length):
-        chain = diffuse(_xor(chain, material[start : start + length]), hash_name)
-    return chain
+        block = (chain ^ number(material[start : start + length], "big")).to_bytes(length, "big")
+        digests = b""
+        for seen, at in pieces:
+            piece = seen.copy()
+            piece.update(block[at : at + size])
+            digests += piece.digest()
+        chain = number(digests[:length], "big")
+    return chain.to_bytes(length, "big")
 
 
 def _xor(left: bytes, right: bytes) -> bytes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver, Measurement
 from lamina.formats.luks.options import LuksAmendOptions, LuksCreateOptions, LuksOptions
+from lamina.records import replace
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext
@@ -28,9 +29,9 @@ class LuksDriver(Driver):
         return Disk(context, lambda disk: LuksMapping(disk, options, context))
 
     def new_file_size(self, options: Any) -> int:
-        from lamina.formats.luks.create import header_for
+        from lamina.formats.luks.create import file_size
 
-        return header_for(options).payload_offset + int(options.size)
+        return file_size(options)
 
     def create(self, options: Any, file: Node, context: CreateContext) -> None:
         from lamina.formats.luks.create import create
@@ -40,11 +41,12 @@ class LuksDriver(Driver):
     def measure(
         self, options: Any, source: Node | None, context: CreateContext
     ) -> Measurement:
-        from lamina.formats.luks.create import header_for, required_secret
+        from lamina.formats.luks.create import file_size, required_secret
 
         required_secret(options, context)
-        size = options.size if source is None else source.size
-        total = header_for(options).payload_offset + size
+        if source is not None:
+            options = replace(options, size=source.size)
+        total = file_size(options)
         return Measurement(total, total)
 
     def amend(

@@ -22,7 +22,14 @@ def header_for(options: LuksCreateOptions) -> Header:
         ivgen_alg=options.ivgen_alg,
         ivgen_hash_alg=options.ivgen_hash_alg,
         hash_alg=options.hash_alg,
+        detached=options.detached_header,
     )
+
+
+def file_size(options: LuksCreateOptions) -> int:
+    """Bytes of the file: a detached header has no payload behind it."""
+    header = header_for(options)
+    return header.slots_end + (0 if options.detached_header else options.size)
 
 
 def required_secret(options: LuksCreateOptions, context: CreateContext) -> bytes:
@@ -32,6 +39,7 @@ def required_secret(options: LuksCreateOptions, context: CreateContext) -> bytes
 
 
 def create(options: LuksCreateOptions, file: Node, context: CreateContext) -> None:
+    """The header and a key; the payload of an attached one is there already, or grows."""
     passphrase = required_secret(options, context)
     header = header_for(options)
     _, material = first_key(header, passphrase, options.iter_time)

@@ -18,17 +18,15 @@ class LuksOptions:
 
 @dataclass(frozen=True)
 class LuksCreateOptions:
+    size: int = option("size", Type.SIZE, None, help="Virtual disk size")
+    key_secret: str | None = option(
+        "key-secret", help="ID of the secret that provides the keyslot passphrase"
+    )
     cipher_alg: str = option(
         "cipher-alg", default="aes-256", choices=CIPHERS, help="Name of encryption cipher algorithm"
     )
     cipher_mode: str = option(
         "cipher-mode", default="xts", choices=MODES, help="Name of encryption cipher mode"
-    )
-    hash_alg: str = option(
-        "hash-alg", default="sha256", choices=HASHES, help="Name of encryption hash algorithm"
-    )
-    iter_time: int = option(
-        "iter-time", Type.NUMBER, 2000, help="Time to spend in PBKDF in milliseconds"
     )
     ivgen_alg: str = option(
         "ivgen-alg", default="plain64", choices=IV_GENERATORS, help="Name of IV generator algorithm"
@@ -36,10 +34,15 @@ class LuksCreateOptions:
     ivgen_hash_alg: str | None = option(
         "ivgen-hash-alg", choices=HASHES, help="Name of IV generator hash algorithm"
     )
-    key_secret: str | None = option(
-        "key-secret", help="ID of the secret that provides the keyslot passphrase"
+    hash_alg: str = option(
+        "hash-alg", default="sha256", choices=HASHES, help="Name of encryption hash algorithm"
     )
-    size: int = option("size", Type.SIZE, None, help="Virtual disk size")
+    iter_time: int = option(
+        "iter-time", Type.NUMBER, 2000, help="Time to spend in PBKDF in milliseconds"
+    )
+    detached_header: bool = option(
+        "detached-header", Type.BOOL, False, help="Create a detached LUKS header"
+    )
 
 
 @dataclass(frozen=True)

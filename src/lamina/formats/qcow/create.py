@@ -45,13 +45,20 @@ def _crypt_method(options: QcowCreateOptions, context: CreateContext) -> int:
     if options.encryption is not None:
         if wanted is not None:
             raise UsageError(
-                "Options encryption and encrypt.format are mutually exclusive", field="encryption"
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time",
+                field="encryption",
             )
         wanted = "aes" if options.encryption else None
     if wanted is None:
+        if options.encrypt_key_secret is not None:
+            raise UsageError("Parameter 'encrypt.format' is missing", field="encrypt.format")
         return layout.CRYPT_NONE
-    if wanted != "aes":
-        raise UsageError(f"Unsupported encryption format: '{wanted}'", field="encrypt.format")
+    if wanted not in ("aes", "luks"):
+        raise UsageError(
+            f"Parameter 'format' does not accept value '{wanted}'", field="encrypt.format"
+        )
+    if wanted == "luks":
+        raise UsageError("Unsupported encryption format", field="encrypt.format")
     if options.encrypt_key_secret is None:
         raise UsageError(
             "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"

@@ -128,21 +128,42 @@ class QcowMapping(Mapping):
             )
         return offset
 
-    def _entries(self, cluster: int, count: int) -> Iterator[tuple[int, Sequence[int]]]:
-        """(first cluster, L2 entries) of runs that cover these clusters, a table at a time."""
+    def _entries(self, cluster: int, count: int) -> Iterator[tuple[int, int, array[int] | None]]:
+        """(first cluster, clusters, L2 entries) of runs that cover these clusters, a table at a
+        time; None: there is no table."""
         per_table = self.header.l2_entries
         while count:
             l1_index, index = divmod(cluster, per_table)
             run = min(count, per_table - index)
             offset = self._l2_offset(l1_index)
+            table = None
             if offset:
                 table = array("Q", self.l2_tables.get(offset)[8 * index : 8 * (index + run)])
                 table.byteswap()
-                yield cluster, table
-            else:
-                yield cluster, bytes(run)
+            yield cluster, run, table
             cluster += run
             count -= run
+
+    def _runs(self, cluster: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(first cluster, clusters, first entry) of runs that are absent, that lie one behind the
+        other, or that are a single compressed cluster."""
+        unit = self.unit
+        for first, total, entries in self._entries(cluster, count):
+            if entries is None or not any(entries):
+                yield first, total, 0
+                continue
+            start, opening, expected, step = 0, entries[0], entries[0], 0
+            for number, entry in enumerate(entries):
+                if entry == expected and number > start:
+                    expected += step
+                    continue
+                if number > start:
+                    yield first + start, number - start, opening
+                start, opening = number, entry
+                # A compressed cluster is never followed by what it would be if it were not.
+                step = unit if entry and not entry & COMPRESSED else 0
+                expected = -1 if entry & COMPRESSED else entry + step
+            yield first + start, total - start, opening
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -150,41 +171,38 @@ class QcowMapping(Mapping):
         unit = self.unit
         end = offset + length
         first = offset // unit
-        count = -(-end // unit) - first
         extents: list[Extent] = []
-        for cluster, entries in self._entries(first, count):
-            for number, entry in enumerate(entries):
-                extent = self._extent((cluster + number) * unit, entry)
-                if extents and (joined := _joined(extents[-1], extent)) is not None:
-                    extents[-1] = joined
-                else:
-                    extents.append(extent)
+        for cluster, count, entry in self._runs(first, -(-end // unit) - first):
+            extent = self._extent(cluster * unit, count * unit, entry)
+            if extents and (joined := _joined(extents[-1], extent)) is not None:
+                extents[-1] = joined
+            else:
+                extents.append(extent)
         if extents:
             extents[0] = extents[0].cut(offset, extents[0].end)
             extents[-1] = extents[-1].cut(extents[-1].guest_offset, end)
         return extents
 
-    def _extent(self, guest_offset: int, entry: int) -> Extent:
-        unit = self.unit
+    def _extent(self, guest_offset: int, length: int, entry: int) -> Extent:
         if not entry:
-            return Extent(guest_offset, unit, Kind.BELOW)
+            return Extent(guest_offset, length, Kind.BELOW)
         if entry & COMPRESSED:
             host_offset, stored = layout.compressed_place(self.header, entry)
             return Extent(
                 guest_offset,
-                unit,
+                length,
                 Kind.ENCODED,
                 self.file,
                 host_offset,
                 stored_length=stored,
                 codec=self.codec,
                 unit_offset=guest_offset,
-                unit_length=unit,
+                unit_length=length,
             )
-        self._check_place(guest_offset, entry)
+        self._check_places(guest_offset, length, entry)
         return Extent(
             guest_offset,
-            unit,
+            length,
             Kind.DATA,
             self.file,
             entry,
@@ -192,15 +210,17 @@ class QcowMapping(Mapping):
             first_sector=guest_offset // SECTOR,
         )
 
-    def _check_place(self, guest_offset: int, host_offset: int) -> None:
-        """Data lies behind the header and begins in the file. Raises ImageCorrupt."""
-        if not SIZE <= host_offset < self.end:
+    def _check_places(self, guest_offset: int, length: int, host_offset: int) -> None:
+        """Clusters lie behind the header and begin in the file. Raises ImageCorrupt."""
+        last = host_offset + length - self.unit
+        if not SIZE <= host_offset <= last < self.end:
+            wrong = last if host_offset >= SIZE else host_offset
             raise ImageCorrupt(
-                f"Cluster offset {host_offset:#x} lies outside of the image",
+                f"Cluster offset {wrong:#x} lies outside of the image",
                 path=self.file.filename,
                 format="qcow",
                 structure="L2 table",
-                field=f"entry of guest offset {guest_offset:#x}",
+                field=f"entry of guest offset {guest_offset + wrong - host_offset:#x}",
             )
 
     # -- writing ---------------------------------------------------------------------------------
@@ -220,31 +240,30 @@ class QcowMapping(Mapping):
         unit = self.unit
         end = offset + length
         first = offset // unit
-        for cluster, entries in self._entries(first, -(-end // unit) - first):
-            for number, entry in enumerate(entries):
-                start = (cluster + number) * unit
-                lo, hi = max(start, offset), min(start + unit, end)
-                fresh = not entry or bool(entry & COMPRESSED)
-                untouched = fresh and self.end >= self.touched
-                if fresh:
-                    host = self._append(unit, unit)
-                else:
-                    self._check_place(start, entry)
-                    host = entry
-                pieces.append(
-                    Piece(
-                        lo,
-                        hi - lo,
-                        self.file,
-                        host + lo - start,
-                        copy_head=lo - start if fresh else 0,
-                        copy_tail=start + unit - hi if fresh else 0,
-                        fresh=fresh,
-                        reads_zero=untouched and self.cipher is None,
-                        cipher=self.cipher,
-                        first_sector=(start if fresh else lo) // SECTOR,
-                    )
+        for cluster, count, entry in self._runs(first, -(-end // unit) - first):
+            start, stop = cluster * unit, (cluster + count) * unit
+            lo, hi = max(start, offset), min(stop, end)
+            fresh = not entry or bool(entry & COMPRESSED)
+            untouched = fresh and self.end >= self.touched
+            if fresh:
+                host = self._append(stop - start, unit)
+            else:
+                self._check_places(start, stop - start, entry)
+                host = entry
+            pieces.append(
+                Piece(
+                    lo,
+                    hi - lo,
+                    self.file,
+                    host + lo - start,
+                    copy_head=lo - start if fresh else 0,
+                    copy_tail=stop - hi if fresh else 0,
+                    fresh=fresh,
+                    reads_zero=untouched and self.cipher is None,
+                    cipher=self.cipher,
+                    first_sector=(start if fresh else lo) // SECTOR,
                 )
+            )
 
     def reserve_encoded(self, units: Sequence[tuple[int, int]]) -> Reservation:
         end_before = self.end
@@ -263,9 +282,21 @@ class QcowMapping(Mapping):
         self.touched = max(self.touched, self.end)
         return offset
 
-    def publish(self, guest_offset: int, entry: int) -> None:
-        """Let an L2 entry name a new place, in a new table if there is none."""
-        l1_index, index = divmod(guest_offset // self.unit, self.header.l2_entries)
+    def publish(self, guest_offset: int, entries: array[int]) -> None:
+        """Let L2 entries from this address on name new places, in new tables where there are
+        none."""
+        cluster = guest_offset // self.unit
+        per_table = self.header.l2_entries
+        done = 0
+        while done < len(entries):
+            l1_index, index = divmod(cluster + done, per_table)
+            part = array("Q", entries[done : done + per_table - index])
+            done += len(part)
+            part.byteswap()
+            self.l2_tables.update(self._own_table(l1_index), 8 * index, part.tobytes())
+
+    def _own_table(self, l1_index: int) -> int:
+        """Host offset of an L2 table, which is made if need be."""
         table = self._l2_offset(l1_index)
         if not table:
             table = self._append(8 * self.header.l2_entries, self.unit)
@@ -273,7 +304,7 @@ class QcowMapping(Mapping):
             chunk, length, at = self._l1_place(l1_index)
             self.l1_chunks.get(chunk, length)
             self.l1_chunks.update(chunk, at, _ENTRY.pack(table))
-        self.l2_tables.update(table, 8 * index, _ENTRY.pack(entry))
+        return table
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         """Only what is not there and has nothing below it is zero without being written."""
@@ -323,14 +354,18 @@ class QcowReservation(Reservation):
 
     def commit(self) -> None:
         mapping = self._mapping
+        unit = mapping.unit
         for piece in self.pieces:
             if self._encoded:
                 entry = layout.compressed_entry(mapping.header, piece.host_offset, piece.length)
+                entries = array("Q", [entry])
             elif piece.fresh:
-                entry = piece.host_offset - piece.copy_head
+                first = piece.host_offset - piece.copy_head
+                end = piece.host_offset + piece.length + piece.copy_tail
+                entries = array("Q", range(first, end, unit))
             else:
                 continue
-            mapping.publish(piece.guest_offset, entry)
+            mapping.publish(piece.guest_offset - piece.copy_head, entries)
 
     def abort(self) -> None:
         """Space at the very end is used again; behind it, somebody else has appended."""

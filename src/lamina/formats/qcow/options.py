@@ -18,18 +18,18 @@ class QcowOptions:
 
 @dataclass(frozen=True)
 class QcowCreateOptions:
+    size: int = option("size", Type.SIZE, None, "Virtual disk size")
     backing_file: str | None = option("backing_file", help="File name of a base image")
     backing_fmt: str | None = option("backing_fmt", help="Format of the backing image")
-    encrypt_format: str | None = option(
-        "encrypt.format", help="Encrypt the image, format choices: 'aes'"
-    )
-    encrypt_key_secret: str | None = option(
-        "encrypt.key-secret", help="ID of the secret that provides the AES encryption key"
-    )
     encryption: bool | None = option(
         "encryption",
         Type.BOOL,
         None,
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
     )
-    size: int = option("size", Type.SIZE, None, "Virtual disk size")
+    encrypt_format: str | None = option(
+        "encrypt.format", help="Encrypt the image, format choices: 'aes'"
+    )
+    encrypt_key_secret: str | None = option(
+        "encrypt.key-secret", help="ID of the secret that provides the AES encryption key"
+    )

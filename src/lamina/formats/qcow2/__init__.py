@@ -27,7 +27,7 @@ class Qcow2Driver(Driver):
     is_format = True
     supports_backing = True
     supports_compression = True
-    strong_options = ("data-file", "encrypt.format", "encrypt.key-secret")
+    strong_options = ("encrypt.format", "encrypt.key-secret")
 
     def open(self, options: Qcow2Options, context: OpenContext) -> Node:
         from lamina.formats.qcow2.opening import open_disk

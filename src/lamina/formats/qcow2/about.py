@@ -17,7 +17,6 @@ from lamina.formats.qcow2.layout import (
     COMPAT_LAZY_REFCOUNTS,
     CRYPT_NONE,
     INCOMPAT_CORRUPT,
-    INCOMPAT_DATA_FILE,
     INCOMPAT_DIRTY,
     Header,
     Snapshot,
@@ -74,7 +73,7 @@ def _specific(
     if bitmaps:
         about["bitmaps"] = bitmaps
     about["refcount-bits"] = header.refcount_bits
-    if header.incompatible_features & INCOMPAT_DATA_FILE:
+    if header.has_data_file:
         if header.data_file is not None:
             about["data-file"] = header.data_file
         about["data-file-raw"] = bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
@@ -97,15 +96,6 @@ def describe_bitmaps(entries: Iterable[BitmapEntry]) -> list[dict[str, Any]]:
             flags.append("auto")
         found.append({"flags": flags, "name": entry.name, "granularity": entry.granularity})
     return found
-
-
-def unsupported_reason(header: Header) -> str | None:
-    """Why the data of an image cannot be reached, although its header is well-formed."""
-    if header.incompatible_features & INCOMPAT_DATA_FILE:
-        return "qcow2 images with an external data file are not supported"
-    if header.extended_l2:
-        return "qcow2 images with extended L2 entries are not supported"
-    return None
 
 
 class Inspected(Mapping):

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 from lamina.block import registry
 from lamina.block.limits import Preallocation
-from lamina.errors import ImageUnsupported, LaminaError, UsageError
+from lamina.errors import LaminaError, UsageError
 from lamina.formats.qcow2.layout import (
+    AUTOCLEAR_RAW_DATA_FILE,
     COMPAT_LAZY_REFCOUNTS,
     COMPRESSION_TYPES,
     INCOMPAT_COMPRESSION,
+    INCOMPAT_DATA_FILE,
+    INCOMPAT_EXTENDED_L2,
     MAX_CLUSTER_BITS,
     MAX_L1,
     MIN_CLUSTER_BITS,
@@ -35,16 +38,26 @@ def create(options: CreateOptions, file: Node, context: CreateContext | None = N
     """Turn the empty ``file`` into an image. Raises UsageError, ImageUnsupported, StorageError."""
     header = new_header(options)
     preallocation = _preallocation(options)
-    _refuse_unsupported(options)
-    if options.encrypt_format is None and not options.encryption:
-        write_empty(header, file, preallocation)
-        return
-    from lamina.formats.qcow2.encryption import NewEncryption
+    encryption = data_file = None
+    if options.encrypt_format is not None or options.encryption:
+        from lamina.formats.qcow2.encryption import NewEncryption
 
-    assert context is not None
-    encryption = NewEncryption(options, context)
-    write_empty(header, file, preallocation)
-    encryption.apply(_new_mapping(header, file))
+        assert context is not None
+        encryption = NewEncryption(options, context)
+    if options.data_file is not None:
+        from lamina.formats.qcow2.data_file import create_data_file
+
+        assert context is not None
+        if options.data_file_raw and preallocation is Preallocation.OFF:
+            # The file alone reads like the disk only if every cluster is known to lie there.
+            preallocation = Preallocation.METADATA
+        data_file = create_data_file(options, header, preallocation, context)
+        header.data_file = data_file.filename
+    write_empty(header, file, preallocation, data_file)
+    if encryption is not None:
+        encryption.apply(_new_mapping(header, file, data_file))
+    if data_file is not None:
+        data_file.flush()
 
 
 def new_header(options: CreateOptions) -> Header:
@@ -107,6 +120,13 @@ def new_header(options: CreateOptions) -> Header:
     )
     if header.compression_type:
         header.incompatible_features |= INCOMPAT_COMPRESSION
+    if options.extended_l2:
+        header.incompatible_features |= INCOMPAT_EXTENDED_L2
+    if options.data_file is not None:
+        header.incompatible_features |= INCOMPAT_DATA_FILE
+        header.data_file = options.data_file
+        if options.data_file_raw:
+            header.autoclear_features |= AUTOCLEAR_RAW_DATA_FILE
     if header.l1_entries_needed * 8 > MAX_L1:
         raise UsageError(
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
@@ -189,21 +209,12 @@ def _check_data_file(options: CreateOptions, version: int) -> None:
         raise UsageError(_needs_v3("External data files are only"))
 
 
-def _refuse_unsupported(options: CreateOptions) -> None:
-    if options.data_file is not None:
-        raise ImageUnsupported(
-            "Creating qcow2 images with an external data file is not supported"
-        )
-    if options.extended_l2:
-        raise ImageUnsupported(
-            "Creating qcow2 images with extended L2 entries is not supported"
-        )
-
-
 # -- writing it ----------------------------------------------------------------------------------
 
 
-def write_empty(header: Header, file: Node, preallocation: Preallocation) -> None:
+def write_empty(
+    header: Header, file: Node, preallocation: Preallocation, data_file: Node | None = None
+) -> None:
     """Place the tables of an empty image and write them; ``file`` is empty."""
     from lamina.formats.qcow2.preallocation import clusters_needed, with_refcounts
 
@@ -223,7 +234,7 @@ def write_empty(header: Header, file: Node, preallocation: Preallocation) -> Non
     _write_tables(header, file)
     file.write(0, packed)
     if preallocation is not Preallocation.OFF and guest_clusters:
-        _preallocate(header, file)
+        _preallocate(header, file, data_file)
     file.flush()
 
 
@@ -282,21 +293,26 @@ def _write_tables(header: Header, file: Node) -> None:
         file.write(end - 8, bytes(8))
 
 
-def _preallocate(header: Header, file: Node) -> None:
+def _preallocate(header: Header, file: Node, data_file: Node | None) -> None:
     from lamina.formats.qcow2.preallocation import extend_file, preallocate
 
     unit = header.cluster_size
-    mapping = _new_mapping(header, file)
+    mapping = _new_mapping(header, file, data_file)
     tables_end = header.l1_table_offset + round_up(header.l1_size * 8, unit)
     end = preallocate(mapping, 0, header.size, tables_end)
     mapping.metadata.commit(counts=True)
-    extend_file(mapping, end)
+    try:
+        extend_file(mapping, end)
+    except LaminaError as error:
+        raise error.in_context("Could not resize image: ") from None
 
 
-def _new_mapping(header: Header, file: Node) -> Qcow2Mapping:
+def _new_mapping(header: Header, file: Node, data_file: Node | None) -> Qcow2Mapping:
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
-    return Qcow2Mapping(file, header, Options(), read_only=False, warn=_no_warning)
+    return Qcow2Mapping(
+        file, header, Options(), read_only=False, data_file=data_file, warn=_no_warning
+    )
 
 
 def _no_warning(text: str) -> None:

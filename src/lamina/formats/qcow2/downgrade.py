@@ -124,7 +124,7 @@ class _Trees:
         self.l1_entries = len(entries)
         """Of all L1 tables together."""
         used = np.flatnonzero(entries)
-        for entry in entries[used][entries[used] & np.uint64(mapping.unit - 1) != 0].tolist():
+        for entry in entries[used][entries[used] & np.uint64(mapping.cluster_size - 1) != 0].tolist():
             raise mapping.corruption.found(
                 f"L2 table offset {c_hex(entry)} unaligned", structure="L1 table"
             )
@@ -148,7 +148,7 @@ def _entries(
 ) -> Iterator[tuple[int, Words]]:
     """(index of the first table, entries of it and its successors) in large pieces."""
     offsets = np.array([table.offset for table in tables], dtype=np.int64)
-    for run in read_tables(mapping.file, offsets, mapping.unit):
+    for run in read_tables(mapping.file, offsets, mapping.cluster_size):
         yield run.first, run.entries
 
 
@@ -202,7 +202,7 @@ def _expand(
 ) -> None:
     """Replace the zero clusters of one table, which are its entries ``zero``."""
     hosts = (entries[zero] & _OFFSET).astype(np.int64)
-    unaligned = np.flatnonzero(hosts & (mapping.unit - 1))
+    unaligned = np.flatnonzero(hosts & (mapping.cluster_size - 1))
     if len(unaligned):
         raise ImageCorrupt(
             f"Cluster allocation offset {c_hex(int(hosts[unaligned[0]]))} unaligned",
@@ -247,24 +247,24 @@ def _allocate(mapping: Qcow2Mapping, table: _Table, indices: Indices) -> Indices
         start = 0
         for stop in [*(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), count]:
             first = table.first_cluster + int(indices[start])
-            _fill(mapping, first, host + start * mapping.unit, stop - start)
+            _fill(mapping, first, host + start * mapping.cluster_size, stop - start)
             start = stop
         if table.references > 1:
             mapping.refcounts.add(host >> mapping.cluster_bits, count, table.references - 1)
     except BaseException:
         allocator.cancel(host, count)
         raise
-    return np.arange(host, host + count * mapping.unit, mapping.unit, dtype=np.int64)
+    return np.arange(host, host + count * mapping.cluster_size, mapping.cluster_size, dtype=np.int64)
 
 
 def _fill(mapping: Qcow2Mapping, cluster: int, host_offset: int, count: int) -> None:
     """Have host clusters hold what reads as zeroes at these guest clusters."""
-    file, encryption, length = mapping.file, mapping.encryption, count * mapping.unit
+    file, encryption, length = mapping.file, mapping.encryption, count * mapping.cluster_size
     mapping.overlap.check(host_offset, length)
     if encryption is None:
         file.write_zeroes(host_offset, length)
     else:
-        guest_offset = cluster * mapping.unit
+        guest_offset = cluster * mapping.cluster_size
         for start in range(0, length, MIB):
             data = memoryview(bytearray(min(MIB, length - start)))
             sector = encryption.sector(guest_offset + start, host_offset + start)

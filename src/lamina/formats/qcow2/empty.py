@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lamina.formats.qcow2.allocation import Cause
 from lamina.formats.qcow2.resize import cut_tail, unmap
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ def make_empty(mapping: Qcow2Mapping) -> None:
     mapping.before_first_write()
     mapping.file.event("empty_image_prepare")
     tables = mapping.tables
-    unmap(mapping, 0, len(tables.l1) << tables.l2_bits)
+    # Nothing is cut off a data file: it has to be told what is not needed.
+    cause = Cause.SNAPSHOT if mapping.space.external else Cause.OTHER
+    unmap(mapping, 0, len(tables.l1) << tables.l2_bits, cause)
     mapping.metadata.commit(counts=True)
     mapping.metadata.barrier()
     cut_tail(mapping)

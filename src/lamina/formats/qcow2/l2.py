@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Tables:
-    """Guest clusters to L2 entries and back. Guest clusters are numbered from 0."""
+    """Guest clusters to L2 entries and back. Guest clusters are numbered from 0.
+
+    Entries are arrays of words: one word for each cluster, or two with extended L2 entries.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class Tables:
         self.cluster_mask = header.cluster_size - 1
         self.l2_bits = header.l2_entries.bit_length() - 1
         self.l2_entries = header.l2_entries
+        self.entry_size = header.l2_entry_size
+        self.entry_words = self.entry_size // 8
         self.slice_bytes = slice_bytes
         self.slice_entries = slice_bytes // header.l2_entry_size
         self.slice_bits = self.slice_entries.bit_length() - 1
@@ -92,7 +97,7 @@ class Tables:
         return offset
 
     def entry(self, cluster: int) -> int:
-        """One L2 entry; 0 also where there is no table."""
+        """The first word of one L2 entry; 0 also where there is no table."""
         offset = self.table_offset(cluster >> self.l2_bits)
         if not offset:
             return 0
@@ -105,12 +110,13 @@ class Tables:
         number = index >> self.slice_bits
         return (
             table_offset + number * self.slice_bytes,
-            (index - (number << self.slice_bits)) * 8,
+            (index - (number << self.slice_bits)) * self.entry_size,
         )
 
     def walk(self, first: int, count: int) -> Iterator[tuple[int, int, array[int] | None]]:
         """(guest cluster, clusters, entries) piece by piece; None: there is no L2 table."""
         end = first + count
+        size = self.entry_size
         while first < end:
             l1_index = first >> self.l2_bits
             offset = self.table_offset(l1_index)
@@ -120,9 +126,9 @@ class Tables:
                 first = stop
                 continue
             slice_offset, place = self._slice(offset, first)
-            part = min(self.slice_entries - place // 8, end - first)
+            part = min(self.slice_entries - place // size, end - first)
             data = self.cache.get(slice_offset)
-            yield first, part, from_big_endian(memoryview(data)[place : place + part * 8])
+            yield first, part, from_big_endian(memoryview(data)[place : place + part * size])
             first += part
 
     def _next_table(self, l1_index: int) -> int:
@@ -188,10 +194,10 @@ class Tables:
         """Set the entries of guest clusters from ``first`` on; their tables are prepared."""
         done = 0
         while done < len(entries):
-            cluster = first + done
+            cluster = first + done // self.entry_words
             offset = self.table_offset(cluster >> self.l2_bits)
             slice_offset, place = self._slice(offset, cluster)
-            part = min(self.slice_entries - place // 8, len(entries) - done)
+            part = min((self.slice_bytes - place) // 8, len(entries) - done)
             data = to_big_endian(entries[done : done + part])
             self.cache.update(slice_offset, place, data)
             done += part

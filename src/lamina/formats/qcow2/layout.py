@@ -181,6 +181,15 @@ class Header:
         return self.cluster_size // self.l2_entry_size
 
     @property
+    def subcluster_size(self) -> int:
+        """The smallest part of a cluster that has a fate of its own; else the whole of it."""
+        return self.cluster_size // 32 if self.extended_l2 else self.cluster_size
+
+    @property
+    def has_data_file(self) -> bool:
+        return bool(self.incompatible_features & INCOMPAT_DATA_FILE)
+
+    @property
     def compression_name(self) -> str:
         return COMPRESSION_TYPES[self.compression_type]
 

@@ -1,14 +1,14 @@
 """Where the guest bytes of a qcow2 image are, and how that changes.
 
 This class answers the engine; what it knows is in the parts it is made of: ``l2`` (L1 and L2
-tables), ``refcounts`` and ``allocation`` (host clusters), ``overlap`` and ``corruption`` (guards),
-``writing`` and ``clearing`` (changes), ``header`` and ``resize`` (the image as a whole).
+tables), ``reading`` and ``subclusters`` (what their entries mean), ``space``, ``refcounts`` and
+``allocation`` (host clusters), ``overlap`` and ``corruption`` (guards), ``writing`` and
+``clearing`` (changes), ``header`` and ``resize`` (the image as a whole).
 """
 
 from __future__ import annotations
 
 import errno
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,37 +17,32 @@ from lamina.block.info import NodeInfo
 from lamina.block.limits import Preallocation
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
-from lamina.errors import ImageUnsupported, LaminaError, Refused
+from lamina.errors import Refused
 from lamina.formats.qcow2.allocation import Allocator
-from lamina.formats.qcow2.corruption import Corruption, c_hex
+from lamina.formats.qcow2.corruption import Corruption
 from lamina.formats.qcow2.l2 import Tables
 from lamina.formats.qcow2.layout import (
-    COMPRESSED,
-    COPIED,
+    AUTOCLEAR_RAW_DATA_FILE,
     INCOMPAT_CORRUPT,
-    OFFSET_MASK,
-    ZERO_FLAG,
     Header,
     Snapshot,
     compressed_extent,
 )
 from lamina.formats.qcow2.options import Options
 from lamina.formats.qcow2.overlap import Overlap
+from lamina.formats.qcow2.reading import Reading, Standard
 from lamina.formats.qcow2.refcounts import Refcounts, read_table
 from lamina.formats.qcow2.settings import Settings
+from lamina.formats.qcow2.space import DataFileSpace, ImageSpace, Space
 from lamina.units import MIB, SECTOR
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest
+    from lamina.block.permissions import Perm
     from lamina.engine.disk import Disk
     from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.bitmaps import Bitmaps
     from lamina.formats.qcow2.encryption import Encryption
-
-_unpack_entry = struct.Struct(">Q").unpack_from
-
-WRITABLE = COPIED | COMPRESSED | ZERO_FLAG
-"""An entry may be written in place if of these bits it has COPIED alone."""
 
 
 class Qcow2Mapping(Mapping):
@@ -65,17 +60,16 @@ class Qcow2Mapping(Mapping):
         read_only: bool,
         unmap: bool = False,
         disk: Disk | None = None,
-        refusal: str | None = None,
+        data_file: Node | None = None,
         encryption: Encryption | None = None,
         warn: Callable[[str], None],
     ) -> None:
         """``disk``: the node around it; None while an image is created.
 
-        ``refusal``: why guest data cannot be reached, in an image that is opened all the same to be
-        checked.
+        ``data_file``: where the guest data is, if not in ``file``.
         """
         self.disk = disk
-        self.file = self.data_node = file
+        self.file = file
         self.header = header
         self.options = options
         self.settings = settings or Settings(options, header)
@@ -84,14 +78,16 @@ class Qcow2Mapping(Mapping):
         self._bitmap_entries = list(bitmaps)
         self.read_only = read_only
         self.unmap = unmap
-        self.refusal = refusal
         self.warn = warn
         self.size = header.size
-        self.unit = self.encoded_unit = header.cluster_size
+        self.cluster_size = header.cluster_size
+        self.unit = header.subcluster_size
+        self.allocation_unit = self.encoded_unit = header.cluster_size
         self.codec = header.compression_name
         self.encryption = encryption
         if encryption is not None:
             self.request_alignment = SECTOR
+        if encryption is not None or data_file is not None:
             self.encoded_unit = 0
         self.cluster_bits = header.cluster_bits
         # Small caches mean little memory: for what is not written yet as well.
@@ -113,16 +109,28 @@ class Qcow2Mapping(Mapping):
             slice_bytes=self.settings.l2_slice,
         )
         self.overlap.l1 = self.tables.l1
+        self.space: Space = (
+            ImageSpace(self) if data_file is None else DataFileSpace(self, data_file)
+        )
+        self.data_node = self.space.node
+        if header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE:
+            self.raw_node = data_file
+        self.reading = self._reading()
+
+    def _reading(self) -> Reading:
+        if self.header.extended_l2:
+            from lamina.formats.qcow2.subclusters import Extended
+
+            return Extended(self)
+        return Standard(self)
 
     def backing(self) -> Node | None:
         """The backing file as it is now: jobs exchange it."""
         return None if self.disk is None else self.disk.backing
 
     def check_usable(self) -> None:
-        """Raises StorageError for a corrupt image, ImageUnsupported for one that is refused."""
+        """Raises StorageError for an image that was found to be corrupt."""
         self.corruption.check()
-        if self.refusal is not None:
-            raise ImageUnsupported(self.refusal, format="qcow2", structure="header")
 
     def reload(self) -> None:
         """The tables of the file were changed behind our back, by a repair."""
@@ -187,55 +195,31 @@ class Qcow2Mapping(Mapping):
 
     @property
     def vmstate_offset(self) -> int:  # type: ignore[override]
-        """Behind the last guest address that the L2 tables of the disk cover."""
+        """Behind the last guest address that the L2 tables of the disk cover. A data file has no
+        place for VM state, as it has none for snapshots."""
+        if self.space.external:
+            return 0
         per_table = self.header.l2_entries << self.cluster_bits
         return -(-self.header.size // per_table) * per_table
 
     # -- reading ---------------------------------------------------------------------------------
 
     def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
-        return self._locate(requests, COMPRESSED | ZERO_FLAG, 0)
+        if self.corruption.marked:
+            self.check_usable()
+        return None if self.encryption else self.reading.locate(requests, writing=False)
 
     def locate_for_writing(self, requests: Sequence[WriteRequest]) -> list[int] | None:
-        places = self._locate(requests, WRITABLE, COPIED)
-        if places is not None:
+        if self.corruption.marked:
+            self.check_usable()
+        if self.encryption is not None:
+            return None
+        places = self.reading.locate(requests, writing=True)
+        if places is not None and not self.space.external:
             occupied, bits = self.overlap.occupied, self.cluster_bits
             for place in places:
                 if place >> bits in occupied:
                     self.overlap.check(place, 1)
-        return places
-
-    def _locate(
-        self, requests: Sequence[WriteRequest], mask: int, wanted: int
-    ) -> list[int] | None:
-        """Host offsets of requests that lie in one cluster each, whose entry has of the bits of
-        ``mask`` exactly ``wanted``; -1 for others and where the table is not cached."""
-        if self.corruption.marked or self.refusal:
-            self.check_usable()
-        if self.encryption is not None:
-            return None
-        tables = self.tables
-        l1, cached = tables.l1, tables.cache.find
-        bits, l2_bits, slices, within_slice = tables.geometry
-        unit = self.unit
-        low = unit - 1
-        mask |= low
-        places = []
-        try:
-            for offset, buffer in requests:
-                place = -1
-                cluster = offset >> bits
-                # Without an L2 table this is an offset in the header's cluster: never cached.
-                table = cached((l1[cluster >> l2_bits] & OFFSET_MASK) + ((cluster & slices) << 3))
-                if table is not None:
-                    (entry,) = _unpack_entry(table, (cluster & within_slice) << 3)
-                    host = entry & OFFSET_MASK
-                    within = offset & low
-                    if host and entry & mask == wanted and within + len(buffer) <= unit:
-                        place = host + within
-                places.append(place)
-        except IndexError:  # VM state behind the end of the L1 table
-            return None
         return places
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
@@ -243,16 +227,18 @@ class Qcow2Mapping(Mapping):
         bits = self.cluster_bits
         first = offset >> bits
         count = ((offset + length - 1) >> bits) - first + 1 if length else 0
-        end = offset + length
         extents: list[Extent] = []
-        for cluster, kind, host, clusters, entry in self.runs(first, count):
-            start = max(cluster << bits, offset)
-            stop = min((cluster + clusters) << bits, end)
+        for guest, size, kind, host, entry in self.reading.runs(first, count):
+            start = max(guest, offset)
+            stop = min(guest + size, offset + length)
+            if start >= stop:
+                # Beside the range, but in a cluster that it touches.
+                continue
             if kind is Kind.ENCODED:
-                extents.append(self._encoded(cluster << bits, start, stop, entry))
+                extents.append(self._encoded(guest, start, stop, entry))
                 continue
             if host >= 0:
-                host += start - (cluster << bits)
+                host += start - guest
             if extents:
                 last = extents[-1]
                 if last.kind is kind and (
@@ -286,71 +272,7 @@ class Qcow2Mapping(Mapping):
             stored_length=stored,
             codec=self.codec,
             unit_offset=unit,
-            unit_length=self.unit,
-        )
-
-    def runs(self, first: int, count: int) -> Iterator[tuple[int, Kind, int, int, int]]:
-        """(guest cluster, kind, host offset or -1, clusters, first entry) of runs of clusters.
-
-        Neighbours may be of one kind all the same. Raises ImageCorrupt.
-        """
-        unit = self.unit
-        for start, part, entries in self.tables.walk(first, count):
-            if entries is None:
-                yield start, Kind.BELOW, -1, part, 0
-                continue
-            cluster = run = start
-            kind, host, opening = Kind.BELOW, -1, 0
-            # The entry that would carry the run on, and what it grows by from cluster to cluster.
-            expected = entries[0] ^ 1
-            step = 0
-            for entry in entries:
-                if entry == expected:
-                    expected += step
-                    cluster += 1
-                    continue
-                if cluster > run:
-                    yield run, kind, host, cluster - run, opening
-                run, opening = cluster, entry
-                kind, host = self.classify(cluster, entry)
-                cluster += 1
-                if kind is Kind.ENCODED:
-                    yield run, kind, host, 1, entry
-                    run = cluster
-                    expected = -1
-                else:
-                    step = unit if host >= 0 else 0
-                    expected = entry + step
-            if cluster > run:
-                yield run, kind, host, cluster - run, opening
-
-    def classify(self, cluster: int, entry: int) -> tuple[Kind, int]:
-        """Kind and host offset (-1: none) of an L2 entry."""
-        if entry & COMPRESSED:
-            return Kind.ENCODED, -1
-        host = entry & OFFSET_MASK
-        if entry & ZERO_FLAG:
-            if self.header.version < 3:
-                raise self._bad_entry("Zero cluster entry found in pre-v3 image", cluster)
-            if not host:
-                return Kind.ZERO, -1
-            if host & (self.unit - 1):
-                raise self._bad_entry(f"Cluster allocation offset {c_hex(host)} unaligned", cluster)
-            return Kind.ZERO, host
-        if not host:
-            return Kind.BELOW, -1
-        if host & (self.unit - 1):
-            raise self._bad_entry(f"Cluster allocation offset {c_hex(host)} unaligned", cluster)
-        return Kind.DATA, host
-
-    def _bad_entry(self, message: str, cluster: int) -> LaminaError:
-        tables = self.tables
-        table = tables.table_offset(cluster >> tables.l2_bits)
-        index = cluster & (tables.l2_entries - 1)
-        return self.corruption.found(
-            f"{message} (L2 offset: {c_hex(table)}, L2 index: {c_hex(index)})",
-            structure="L2 table",
-            offset=table + index * 8,
+            unit_length=self.cluster_size,
         )
 
     # -- writing ---------------------------------------------------------------------------------
@@ -371,7 +293,7 @@ class Qcow2Mapping(Mapping):
         from lamina.formats.qcow2.clearing import zero
 
         self.check_usable()
-        return zero(self, offset >> self.cluster_bits, length >> self.cluster_bits, may_unmap)
+        return zero(self, offset, length, may_unmap)
 
     def discard(self, offset: int, length: int) -> None:
         from lamina.formats.qcow2.clearing import discard
@@ -390,6 +312,9 @@ class Qcow2Mapping(Mapping):
         resize(self, size, preallocation)
 
     def uses_more_than(self, length: int) -> bool:
+        if self.space.external:
+            # The file is all metadata, and that is really there.
+            return False
         return self.refcounts.uses_more_than(length // self.header.cluster_size)
 
     def info(self) -> NodeInfo:
@@ -410,6 +335,16 @@ class Qcow2Mapping(Mapping):
     def flush(self) -> None:
         if not self.corruption.marked:
             self.metadata.commit()
+
+    def child_permissions(
+        self, role: str, perm: Perm, shared: Perm, read_only: bool
+    ) -> tuple[Perm, Perm] | None:
+        if role != "data-file":
+            return None
+        from lamina.formats.qcow2.data_file import permissions
+
+        assert self.disk is not None
+        return permissions(self.disk, shared, read_only)
 
     def reopened(self, *, read_only: bool) -> None:
         if not read_only:

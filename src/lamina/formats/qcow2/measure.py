@@ -6,8 +6,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from lamina.block.driver import Measurement
-from lamina.block.extents import Kind
 from lamina.block.limits import Preallocation
+from lamina.block.occupancy import data_units
 from lamina.errors import UsageError
 from lamina.formats.qcow2.layout import (
     MAX_CLUSTER_BITS,
@@ -19,9 +19,6 @@ from lamina.units import KIB, SECTOR, round_up
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.formats.qcow2.options import CreateOptions
-
-_MANY_CLUSTERS = 1 << 16
-"""Clusters of the source beyond which it pays to load numpy."""
 
 
 def measure(options: CreateOptions, source: Node | None) -> Measurement:
@@ -47,7 +44,7 @@ def measure(options: CreateOptions, source: Node | None) -> Measurement:
         # Nobody knows what of it the backing file holds already.
         required = full
     else:
-        required = metadata + _data_clusters(source, unit) * unit
+        required = metadata + data_units(source, unit) * unit
     bitmaps = None
     if source is not None and version >= 3:
         bitmaps = _bitmap_bytes(source, unit)
@@ -102,45 +99,6 @@ def _metadata_clusters(options: CreateOptions, size: int) -> int:
             break
         table, blocks = -(-need * 8 // unit), need
     return counted - data + table + blocks
-
-
-def _data_clusters(source: Node, unit: int) -> int:
-    """Clusters of the new image that would hold something else than zeroes."""
-    if source.size // unit > _MANY_CLUSTERS:
-        return _data_clusters_of_columns(source, unit)
-    from lamina.block.status import chain_extents
-
-    step = unit << 12
-    clusters, last = 0, -1
-    for start in range(0, source.size, step):
-        for extent, _, zero in chain_extents(source, start, min(step, source.size - start)):
-            if zero or extent.kind in (Kind.BELOW, Kind.ZERO):
-                continue
-            first = extent.guest_offset // unit
-            clusters -= first == last
-            last = (extent.end - 1) // unit
-            clusters += last - first + 1
-    return clusters
-
-
-def _data_clusters_of_columns(source: Node, unit: int) -> int:
-    import numpy as np
-
-    from lamina.block.status import chain_columns
-
-    clusters, before = 0, -1
-    for piece in chain_columns(source):
-        columns = piece.columns
-        held = ~piece.reads_zero & (columns.kind != Kind.BELOW)
-        first = columns.guest_offset[held] // unit
-        if not len(first):
-            continue
-        last = (columns.guest_offset[held] + columns.length[held] - 1) // unit
-        # Neighbouring rows may lie in one cluster.
-        shared = int(np.count_nonzero(first[1:] == last[:-1])) + (int(first[0]) == before)
-        clusters += int((last - first).sum()) + len(first) - shared
-        before = int(last[-1])
-    return clusters
 
 
 def _bitmap_bytes(source: Node, unit: int) -> int | None:

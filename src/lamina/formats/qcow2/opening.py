@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
-from lamina.formats.qcow2.about import Inspected, unsupported_reason
+from lamina.formats.qcow2.about import Inspected
 from lamina.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
     CRYPT_NONE,
@@ -68,12 +68,14 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
     settings = Settings(options, header)
     snapshots = _snapshots(disk.file, header, context)
     bitmaps = _bitmaps(disk, header, context)
-    reason = unsupported_reason(header)
+    data_file = None
+    if header.has_data_file or any(k.startswith("data-file") for k in context.image_option):
+        from lamina.formats.qcow2.data_file import open_data_file
+
+        data_file = open_data_file(disk, header, context)
     if context.inspect:
         _open_backing(disk, header, context)
         return Inspected(disk, header, snapshots, bitmaps)
-    if reason is not None and not context.check:
-        raise ImageUnsupported(reason, format="qcow2", structure="header")
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
     encryption = None
@@ -92,7 +94,7 @@ def _load(disk: Disk, options: Options, context: OpenContext) -> Mapping:
         read_only=disk.read_only,
         unmap=disk.options.unmap,
         disk=disk,
-        refusal=reason,
+        data_file=data_file,
         encryption=encryption,
         warn=context.warn,
     )

@@ -91,9 +91,6 @@ class Options:
         600,
         "Clean unused cache entries after this time (in seconds)",
     )
-    data_file: str | None = option(
-        "data-file", Type.STRING, None, "Node or file that holds the guest data"
-    )
     encrypt_format: str | None = option("encrypt.format", Type.STRING, None, "Encryption format")
     encrypt_key_secret: str | None = option(
         "encrypt.key-secret", Type.STRING, None, "ID of the secret that holds the passphrase"

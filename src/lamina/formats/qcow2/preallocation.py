@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError
@@ -17,13 +18,14 @@ def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) ->
     """Map the unallocated clusters between the guest offsets ``start`` and ``end`` to host clusters
     at ``first_host`` and behind it, where the file holds zeroes; returns where the last one ends.
 
-    Only tables are changed; to make the file long enough is left to the caller.
+    Subclusters stay unallocated, so that a backing file still shows. Only tables are changed; to
+    make the file long enough is left to the caller.
     """
-    bits, tables, allocator = mapping.cluster_bits, mapping.tables, mapping.allocator
+    bits, tables, space = mapping.cluster_bits, mapping.tables, mapping.space
     cluster = start >> bits
-    last = -(-end >> bits) if end % mapping.unit == 0 else (end >> bits) + 1
+    last = -(-end // mapping.cluster_size)
     host_end = first_host
-    with allocator.starting_at(first_host):
+    with mapping.allocator.starting_at(first_host):
         while cluster < last:
             stop = min(((cluster >> tables.l2_bits) + 1) << tables.l2_bits, last)
             tables.prepare(cluster)
@@ -32,13 +34,16 @@ def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) ->
                 if not free:
                     cluster += 1
                     continue
-                host = allocator.allocate(free)
+                host, free = space.allocate(cluster, free)
+                bitmaps = array("Q", bytes(8 * free)) if mapping.header.extended_l2 else None
                 try:
-                    tables.store(cluster, entry_run(host, free, mapping.unit))
+                    entries = entry_run(host, free, mapping.cluster_size, bitmaps)
+                    tables.store(cluster, entries)
                 except BaseException:
-                    allocator.cancel(host, free)
+                    space.cancel(host, free)
                     raise
-                host_end = max(host_end, host + free * mapping.unit)
+                if not space.external:
+                    host_end = max(host_end, host + free * mapping.cluster_size)
                 cluster += free
             mapping.metadata.relieve()
     return host_end
@@ -47,12 +52,13 @@ def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) ->
 def _unallocated(mapping: Qcow2Mapping, first: int, end: int) -> int:
     """How many clusters from ``first`` on have no place yet."""
     count = 0
+    words = mapping.tables.entry_words
     for _, part, entries in mapping.tables.walk(first, end - first):
         if entries is None or not any(entries):
             count += part
             continue
-        for entry in entries:
-            if entry:
+        for at in range(0, len(entries), words):
+            if any(entries[at : at + words]):
                 return count
             count += 1
     return count
@@ -60,11 +66,12 @@ def _unallocated(mapping: Qcow2Mapping, first: int, end: int) -> int:
 
 def clusters_needed(header: Header, guest_clusters: int, reftable_clusters: int = 1) -> int:
     """Host clusters of a new image with the header's parameters: header, refcounts, L1 table, L2
-    tables and ``guest_clusters`` data clusters."""
+    tables and ``guest_clusters`` data clusters, which may lie in a data file."""
     unit = header.cluster_size
     l1 = -(-header.l1_entries_needed * 8 // unit)
     l2 = -(-guest_clusters // header.l2_entries)
-    return with_refcounts(header, 1 + l1 + l2 + guest_clusters, reftable_clusters)[0]
+    data = 0 if header.has_data_file else guest_clusters
+    return with_refcounts(header, 1 + l1 + l2 + data, reftable_clusters)[0]
 
 
 def with_refcounts(
@@ -87,11 +94,11 @@ def extend_file(mapping: Qcow2Mapping, end: int) -> None:
     """Make the file reach ``end``: what is mapped must be there."""
     file = mapping.file
     if file.size < end:
-        file.truncate(end)
+        file.truncate(end, exact=False)
         if file.size < end:
             raise StorageError("The file could not be extended")
 
 
 def end_of_file(mapping: Qcow2Mapping) -> int:
     """The first cluster boundary behind everything that was ever written."""
-    return round_up(mapping.file.size, mapping.unit)
+    return round_up(mapping.file.size, mapping.cluster_size)

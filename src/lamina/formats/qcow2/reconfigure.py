@@ -13,8 +13,8 @@ from lamina.formats.qcow2.options import Options
 from lamina.formats.qcow2.settings import Settings
 from lamina.records import replace
 
-_FIXED = frozenset({"data-file", "encrypt.format", "encrypt.key-secret", "l2-cache-entry-size"})
-"""Where data is, how it is encrypted and how tables are kept cannot change under way."""
+_FIXED = frozenset({"encrypt.format", "encrypt.key-secret", "l2-cache-entry-size"})
+"""How data is encrypted and how tables are kept cannot change under way."""
 
 
 def reconfigure(mapping: Qcow2Mapping, changes: Mapping[str, Any], *, unmap: bool) -> None:

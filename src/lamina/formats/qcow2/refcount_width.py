@@ -44,10 +44,11 @@ def change_width(mapping: Qcow2Mapping, bits: int, progress: Callable[[float], N
     entries = header.refcount_table_clusters << (header.cluster_bits - 3)
     old_table = read_words(file, header.refcount_table_offset, entries)
     old_table &= np.uint64(REFTABLE_OFFSET_MASK)
-    for index in np.flatnonzero(old_table & np.uint64(mapping.unit - 1)).tolist():
+    for index in np.flatnonzero(old_table & np.uint64(mapping.cluster_size - 1)).tolist():
         # Refuses what cannot be a block.
         mapping.refcounts.block_offset(index)
-    old = [Freed(header.refcount_table_offset >> header.cluster_bits, entries * 8 // mapping.unit)]
+    clusters = entries * 8 // mapping.cluster_size
+    old = [Freed(header.refcount_table_offset >> header.cluster_bits, clusters)]
     old += [Freed(place >> header.cluster_bits, 1) for place in old_table[old_table != 0].tolist()]
 
     stored = _Stored(StoredCounts(file, header, old_table), bits, progress)

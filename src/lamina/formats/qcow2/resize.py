@@ -6,7 +6,7 @@ import errno
 from array import array
 from typing import TYPE_CHECKING
 
-from lamina.block.limits import Preallocation
+from lamina.block.limits import Preallocation, WriteFlags
 from lamina.engine.metadata import Stage
 from lamina.errors import ImageUnsupported, UsageError
 from lamina.formats.qcow2.allocation import Cause, Freed
@@ -18,8 +18,7 @@ from lamina.formats.qcow2.preallocation import (
     extend_file,
     preallocate,
 )
-from lamina.formats.qcow2.writing import references
-from lamina.units import SECTOR
+from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.mapping import Qcow2Mapping
@@ -52,18 +51,23 @@ def _grow(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> Non
     if entries * 8 > MAX_L1:
         raise ImageUnsupported("Failed to grow the L1 table: File too large", errno=errno.EFBIG)
     tables.grow_l1(entries, exactly=True)
-    _drop_behind(mapping, -(-old_size // mapping.unit), entries)
+    _drop_behind(mapping, -(-old_size // mapping.cluster_size), entries)
     backing = mapping.backing()
     below = 0 if backing is None else min(backing.size, size)
     _zero_tail(mapping, old_size, size, shines_through=below > old_size)
-    first, end = -(-old_size // mapping.unit), -(-below // mapping.unit)
+    first, end = -(-old_size // mapping.cluster_size), -(-below // mapping.cluster_size)
     # What the backing file has behind the old end must not show.
-    if end > first and not zero(mapping, first, end - first, may_unmap=False):
+    unit = mapping.cluster_size
+    if end > first and not zero(mapping, first * unit, (end - first) * unit, may_unmap=False):
         for cluster in range(first, end):
-            _write(mapping, cluster * mapping.unit, bytes(mapping.unit))
+            _write(mapping, cluster * unit, bytes(unit))
             mapping.metadata.relieve()
-    if preallocation is not Preallocation.OFF:
+    if mapping.space.external:
+        _grow_data_file(mapping, old_size, size, preallocation)
+    elif preallocation is not Preallocation.OFF:
         _preallocate(mapping, old_size, size, preallocation)
+    # The header must not promise more than the L1 table that it names can hold.
+    mapping.metadata.commit()
     header.size = mapping.size = size
     mapping.metadata.put(Stage.ROOTS, 24, size.to_bytes(8, "big"))
     mapping.metadata.commit()
@@ -85,7 +89,7 @@ def _zero_tail(mapping: Qcow2Mapping, old_size: int, size: int, *, shines_throug
 
     ``shines_through``: the backing file has something there.
     """
-    within = old_size % mapping.unit
+    within = old_size % mapping.cluster_size
     disk = mapping.disk
     if not within or disk is None:
         return
@@ -93,11 +97,11 @@ def _zero_tail(mapping: Qcow2Mapping, old_size: int, size: int, *, shines_throug
     entry = mapping.tables.entry(start >> mapping.cluster_bits)
     if entry & ZERO_FLAG and not entry & COMPRESSED:
         return
-    content = bytearray(mapping.unit)
+    content = bytearray(mapping.cluster_size)
     disk.reader.read([(start, memoryview(content))])
-    end = within + min(mapping.unit - within, size - old_size)
+    end = within + min(mapping.cluster_size - within, size - old_size)
     if any(content[within:end]) or (not entry and shines_through):
-        content[within:] = bytes(mapping.unit - within)
+        content[within:] = bytes(mapping.cluster_size - within)
         _write(mapping, start, content)
 
 
@@ -123,17 +127,36 @@ def _preallocate(
 ) -> None:
     """Map the new part of the disk to the end of the file, where everything reads as zeroes."""
     start = end_of_file(mapping)
-    first = -(-old_size // mapping.unit)
-    clusters = -(-size // mapping.unit) - first
+    first = -(-old_size // mapping.cluster_size)
+    clusters = -(-size // mapping.cluster_size) - first
     if clusters <= 0:
         return
     if preallocation is not Preallocation.METADATA:
         # Tables included: they are a little less than what a new image of this size needs.
-        needed = clusters_needed(mapping.header, clusters) * mapping.unit
+        needed = clusters_needed(mapping.header, clusters) * mapping.cluster_size
         mapping.file.truncate(start + needed, preallocation)
-    end = preallocate(mapping, first * mapping.unit, size, start)
+    end = preallocate(mapping, first * mapping.cluster_size, size, start)
     mapping.metadata.commit()
     extend_file(mapping, end)
+
+
+def _grow_data_file(
+    mapping: Qcow2Mapping, old_size: int, size: int, preallocation: Preallocation
+) -> None:
+    """The new part of the disk lies in a file that grows with it."""
+    node, unit = mapping.data_node, mapping.cluster_size
+    maps = preallocation is not Preallocation.OFF or mapping.raw_node is not None
+    first = round_up(old_size, unit)
+    if maps and node.size > first:
+        # What somebody has left behind the end of the disk must not become a part of it.
+        node.write_zeroes(first, min(node.size, size) - first, WriteFlags.MAY_UNMAP)
+    end = round_up(size, unit) if maps else size
+    if node.size < end:
+        allocates = preallocation in (Preallocation.FALLOC, Preallocation.FULL)
+        node.truncate(end, preallocation if allocates else Preallocation.OFF)
+    if maps:
+        preallocate(mapping, first, size, end_of_file(mapping))
+        node.flush()
 
 
 # -- shrinking -----------------------------------------------------------------------------------
@@ -144,8 +167,8 @@ def _shrink(mapping: Qcow2Mapping, size: int) -> None:
     old_size = header.size
     # First what the header says, so that a crash never leaves a disk without its end.
     entries = -(-size // (header.l2_entries << header.cluster_bits))
-    end = max(len(tables.l1) << tables.l2_bits, -(-old_size // mapping.unit))
-    first = -(-size // mapping.unit)
+    end = max(len(tables.l1) << tables.l2_bits, -(-old_size // mapping.cluster_size))
+    first = -(-size // mapping.cluster_size)
     header.size = mapping.size = size
     mapping.metadata.put(Stage.ROOTS, 24, size.to_bytes(8, "big"))
     mapping.metadata.commit()
@@ -158,6 +181,8 @@ def _shrink(mapping: Qcow2Mapping, size: int) -> None:
     mapping.metadata.barrier()
     mapping.allocator.drop_empty_blocks()
     cut_tail(mapping)
+    if mapping.space.external and mapping.data_node.size > size:
+        mapping.data_node.truncate(size)
 
 
 def _shrink_l1(mapping: Qcow2Mapping, entries: int) -> None:
@@ -168,10 +193,13 @@ def _shrink_l1(mapping: Qcow2Mapping, entries: int) -> None:
     mapping.file.event("l1_shrink_free_l2_clusters")
 
 
-def unmap(mapping: Qcow2Mapping, first: int, end: int) -> None:
+def unmap(
+    mapping: Qcow2Mapping, first: int, end: int, cause: Cause = Cause.OTHER
+) -> None:
     """Make guest clusters unallocated; L2 tables that lie wholly in the range are given back."""
-    tables, bits = mapping.tables, mapping.cluster_bits
+    tables, bits, space = mapping.tables, mapping.cluster_bits, mapping.space
     freed: list[Freed] = []
+    freed_tables: list[Freed] = []
     while first < end:
         l1_index = first >> tables.l2_bits
         start = l1_index << tables.l2_bits
@@ -183,15 +211,16 @@ def unmap(mapping: Qcow2Mapping, first: int, end: int) -> None:
                 tables.prepare(first)
             for cluster, part, entries in tables.walk(first, stop - first):
                 assert entries is not None
-                for entry in entries:
-                    freed += references(entry, bits, Cause.OTHER) if entry else ()
+                for entry in entries[:: tables.entry_words]:
+                    freed += space.references(entry, bits, cause) if entry else ()
                 if not whole:
-                    tables.store(cluster, array("Q", bytes(8 * part)))
+                    tables.store(cluster, array("Q", bytes(tables.entry_size * part)))
             if whole:
                 tables.unhook(l1_index)
-                freed.append(Freed(offset >> bits, 1))
+                freed_tables.append(Freed(offset >> bits, 1))
         first = stop
-    mapping.allocator.free_later(freed)
+    space.free_later(freed)
+    mapping.allocator.free_later(freed_tables)
 
 
 def cut_tail(mapping: Qcow2Mapping) -> None:

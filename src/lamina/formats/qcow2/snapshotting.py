@@ -54,6 +54,7 @@ def find(mapping: Qcow2Mapping, name: str, message: str) -> Snapshot:
 
 def create(mapping: Qcow2Mapping, info: SnapshotInfo) -> None:
     """Keep the disk as it is now. Raises StorageError (EINVAL) where a count cannot rise."""
+    _refuse_data_file(mapping)
     if len(mapping.snapshots) >= MAX_SNAPSHOTS:
         raise StorageError.from_errno(errno.EFBIG)
     header, file = mapping.header, mapping.file
@@ -86,6 +87,12 @@ def create(mapping: Qcow2Mapping, info: SnapshotInfo) -> None:
         unmap(mapping, mapping.vmstate_offset >> mapping.cluster_bits, len(l1) << tables.l2_bits)
 
 
+def _refuse_data_file(mapping: Qcow2Mapping) -> None:
+    """A data file has one place for every cluster: nothing in it can be kept beside the new."""
+    if mapping.space.external:
+        raise ImageUnsupported("Operation not supported")
+
+
 def _next_id(mapping: Qcow2Mapping) -> str:
     numbers = [int(s.id) for s in mapping.snapshots if s.id.isascii() and s.id.isdigit()]
     return str(max(numbers, default=0) + 1)
@@ -110,6 +117,10 @@ def delete(mapping: Qcow2Mapping, name: str) -> None:
 
 def apply(mapping: Qcow2Mapping, name: str) -> None:
     """The disk becomes what it was, its length included; the snapshot stays."""
+    try:
+        _refuse_data_file(mapping)
+    except ImageUnsupported as error:
+        raise error.in_context("Failed to load snapshot: ") from None
     snapshot = find(mapping, name, "Failed to load snapshot: No such file or directory")
     header, file = mapping.header, mapping.file
     try:

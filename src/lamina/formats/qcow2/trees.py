@@ -20,6 +20,7 @@ from lamina.formats.qcow2.layout import REFTABLE_OFFSET_MASK
 from lamina.formats.qcow2.refblock import Width
 from lamina.formats.qcow2.references import WINDOW, Census, Walk
 from lamina.formats.qcow2.stored import CountRun, StoredCounts
+from lamina.units import round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
@@ -68,7 +69,8 @@ class Tree:
         table &= np.uint64(REFTABLE_OFFSET_MASK)
         self._stored = StoredCounts(file, header, table)
         self._maximum = Width(header.refcount_order).maximum
-        self._clusters = -(-file.size // header.cluster_size) + 1
+        # Whole bytes of counts, however narrow these are.
+        self._clusters = round_up(-(-file.size // header.cluster_size) + 1, 8)
         self._only: Census | None = None
 
     def check(self, delta: int) -> None:

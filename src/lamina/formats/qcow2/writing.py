@@ -6,6 +6,7 @@ but the reservation knows of the new ones.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,14 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lamina.engine.mapping import InPlace, Piece, Reservation
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.corruption import c_hex
-from lamina.formats.qcow2.layout import (
-    COMPRESSED,
-    COPIED,
-    OFFSET_MASK,
-    ZERO_FLAG,
-    compressed_entry,
-    compressed_extent,
-)
+from lamina.formats.qcow2.layout import COMPRESSED, COPIED, ZERO_FLAG, compressed_entry
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.encryption import Encryption
@@ -34,18 +28,37 @@ class Run(NamedTuple):
     clusters: int
     host_offset: int
     is_new: bool
-    """Allocated for this write; otherwise preallocated zero clusters that become data."""
+    """Allocated for this write; otherwise clusters with a place become data there."""
+    bitmaps: array[int] | None = None
+    """With extended L2 entries: the second word of each entry."""
+
+    def without(self, clusters: int, cluster_bits: int) -> Run:
+        """What is left behind the first ``clusters``."""
+        return Run(
+            self.cluster + clusters,
+            self.clusters - clusters,
+            self.host_offset + (clusters << cluster_bits),
+            self.is_new,
+            None if self.bitmaps is None else self.bitmaps[clusters:],
+        )
+
+    def entries(self, clusters: int, cluster_bits: int) -> array[int]:
+        """Those of the first ``clusters``."""
+        bitmaps = None if self.bitmaps is None else self.bitmaps[:clusters]
+        return entry_run(self.host_offset, clusters, 1 << cluster_bits, bitmaps)
 
 
-def references(entry: int, cluster_bits: int, cause: Cause) -> list[Freed]:
-    """The host clusters that an L2 entry refers to."""
-    if entry & COMPRESSED:
-        offset, length = compressed_extent(entry, cluster_bits)
-        first = offset >> cluster_bits
-        last = (offset + length - 1) >> cluster_bits
-        return [Freed(first, last - first + 1, cause)]
-    offset = entry & OFFSET_MASK
-    return [Freed(offset >> cluster_bits, 1, cause)] if offset else []
+def entry_run(
+    host_offset: int, clusters: int, cluster_size: int, bitmaps: array[int] | None = None
+) -> array[int]:
+    """L2 entries of data clusters that lie one behind the other and belong to nobody else."""
+    first = host_offset | COPIED
+    words = array("Q", range(first, first + clusters * cluster_size, cluster_size))
+    if bitmaps is None:
+        return words
+    pairs = array("Q", bytes(16 * clusters))
+    pairs[::2], pairs[1::2] = words, bitmaps
+    return pairs
 
 
 class Write(Reservation):
@@ -58,176 +71,85 @@ class Write(Reservation):
 
     def commit(self) -> None:
         mapping = self.mapping
-        unit, tables = mapping.unit, mapping.tables
+        bits, tables = mapping.cluster_bits, mapping.tables
         freed: list[Freed] = []
         try:
             mapping.corruption.check()
             for number, run in enumerate(self.runs):
                 for cluster, part, entries in tables.walk(run.cluster, run.clusters):
                     # Only loading a table can fail, and this part of it is loaded.
-                    host = run.host_offset + (cluster - run.cluster) * unit
-                    tables.store(cluster, entry_run(host, part, unit))
+                    left = self.runs[number]
+                    tables.store(cluster, left.entries(part, bits))
                     if run.is_new and entries is not None:
-                        freed += _replaced(entries, mapping.cluster_bits)
-                    end = run.cluster + run.clusters
-                    self.runs[number] = Run(
-                        cluster + part, end - cluster - part, host + part * unit, run.is_new
-                    )
+                        freed += self._replaced(entries)
+                    self.runs[number] = left.without(part, bits)
         except BaseException:
             self.abort()
             raise
         finally:
-            mapping.allocator.free_later(freed)
+            if freed:
+                mapping.allocator.free_later(freed)
+
+    def _replaced(self, entries: array[int]) -> Iterator[Freed]:
+        """What the old entries referred to; in a data file, nothing else than the new ones do."""
+        mapping = self.mapping
+        space, bits = mapping.space, mapping.cluster_bits
+        if space.external:
+            return
+        for entry in entries[:: mapping.tables.entry_words]:
+            if entry:
+                yield from space.references(entry, bits, Cause.OTHER)
 
     def abort(self) -> None:
         for run in self.runs:
             if run.is_new and run.clusters:
-                self.mapping.allocator.cancel(run.host_offset, run.clusters)
+                self.mapping.space.cancel(run.host_offset, run.clusters)
 
+    # -- planning --------------------------------------------------------------------------------
 
-def _replaced(entries: array[int], cluster_bits: int) -> Iterator[Freed]:
-    """What the old entries referred to."""
-    for entry in entries:
-        if entry:
-            yield from references(entry, cluster_bits, Cause.OTHER)
-
-
-def entry_run(host_offset: int, clusters: int, unit: int) -> array[int]:
-    """L2 entries of data clusters that lie one behind the other and belong to nobody else."""
-    first = host_offset | COPIED
-    return array("Q", range(first, first + clusters * unit, unit))
-
-
-def reserve(mapping: Qcow2Mapping, ranges: Sequence[tuple[int, int]]) -> Reservation:
-    write = Write(mapping)
-    try:
-        for offset, length in ranges:
-            _Planner(mapping, write, offset, length).plan()
-    except BaseException:
-        write.abort()
-        raise
-    return write if write.runs else InPlace(write.pieces)
-
-
-class _Planner:
-    """The pieces and runs of one range."""
-
-    def __init__(self, mapping: Qcow2Mapping, write: Write, offset: int, length: int) -> None:
-        self.mapping = mapping
-        self.write = write
-        self.start = offset
-        self.end = offset + length
-
-    def plan(self) -> None:
-        bits, tables = self.mapping.cluster_bits, self.mapping.tables
-        cluster = self.start >> bits
-        end = ((self.end - 1) >> bits) + 1
-        while cluster < end:
-            tables.prepare(cluster)
-            # One L2 table at a time.
-            stop = min(((cluster >> tables.l2_bits) + 1) << tables.l2_bits, end)
-            for first, _, entries in tables.walk(cluster, stop - cluster):
-                assert entries is not None
-                self._plan_entries(first, entries)
-            cluster = stop
-
-    def _plan_entries(self, cluster: int, entries: array[int]) -> None:
-        """Cut the entries into runs that share a fate."""
-        unit = self.mapping.unit
-        position = 0
-        total = len(entries)
-        while position < total:
-            entry = entries[position]
-            start = position
-            position += 1
-            if self._is_ours(cluster + start, entry):
-                expected = entry + unit
-                while position < total and entries[position] == expected:
-                    expected += unit
-                    position += 1
-                host = entry & OFFSET_MASK
-                count = position - start
-                if entry & ZERO_FLAG:
-                    self._add_run(Run(cluster + start, count, host, is_new=False))
-                else:
-                    self._check(host, count)
-                    self._add_piece(cluster + start, count, host)
-                continue
-            while position < total and not self._is_ours(cluster + position, entries[position]):
-                position += 1
-            self._allocate(cluster + start, position - start)
-
-    def _is_ours(self, cluster: int, entry: int) -> bool:
-        """There is a host cluster that nobody shares with us. Raises ImageCorrupt."""
-        if not entry & COPIED or entry & COMPRESSED or not entry & OFFSET_MASK:
-            return False
-        mapping = self.mapping
-        host = entry & OFFSET_MASK
-        if host & (mapping.unit - 1):
-            raise mapping.corruption.found(
-                f"Data cluster offset {c_hex(host)} unaligned "
-                f"(guest offset: {c_hex(cluster * mapping.unit)})",
-                structure="L2 table",
-            )
-        return True
-
-    def _check(self, host_offset: int, count: int) -> None:
-        self.mapping.overlap.check(host_offset, count * self.mapping.unit)
-
-    def _allocate(self, cluster: int, count: int) -> None:
-        """New places: right behind those of the clusters before, as far as it is free there."""
-        allocator, runs = self.mapping.allocator, self.write.runs
+    def allocate(self, cluster: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(guest cluster, clusters, host offset) of new places: right behind those of the clusters
+        before, as far as it is free there."""
+        space, runs = self.mapping.space, self.runs
+        goal = 0
         if runs and runs[-1].cluster + runs[-1].clusters == cluster:
-            goal = runs[-1].host_offset + runs[-1].clusters * self.mapping.unit
-            found = allocator.allocate_at(goal, count)
-            if found:
-                self._add_run(Run(cluster, found, goal, is_new=True))
-                cluster += found
-                count -= found
-        if count:
-            host = allocator.allocate(count)
-            self._add_run(Run(cluster, count, host, is_new=True))
+            goal = runs[-1].host_offset + (runs[-1].clusters << self.mapping.cluster_bits)
+        while count:
+            host, found = space.allocate(cluster, count, goal)
+            # What follows did not fit there.
+            goal = 0
+            yield cluster, found, host
+            cluster += found
+            count -= found
 
-    def _add_run(self, run: Run) -> None:
-        runs, unit = self.write.runs, self.mapping.unit
+    def add_run(self, run: Run) -> None:
+        runs = self.runs
         # Known to the write at once: whatever fails from here on gives it back.
         runs.append(run)
         if not run.is_new:
-            self._check(run.host_offset, run.clusters)
+            self.mapping.space.check(run.host_offset, run.clusters)
         if len(runs) > 1:
             last = runs[-2]
             if (
                 last.is_new == run.is_new
                 and last.cluster + last.clusters == run.cluster
-                and last.host_offset + last.clusters * unit == run.host_offset
+                and last.host_offset + (last.clusters << self.mapping.cluster_bits)
+                == run.host_offset
             ):
-                runs[-2:] = [last._replace(clusters=last.clusters + run.clusters)]
-        self._add_piece(run.cluster, run.clusters, run.host_offset, run)
+                bitmaps = None if last.bitmaps is None else last.bitmaps + (run.bitmaps or _NONE)
+                runs[-2:] = [
+                    last._replace(clusters=last.clusters + run.clusters, bitmaps=bitmaps)
+                ]
 
-    def _add_piece(
-        self, cluster: int, count: int, host_offset: int, run: Run | None = None
-    ) -> None:
-        """The part of the range that these clusters hold, with what must be copied around it."""
+    def add_piece(self, piece: Piece, *, is_new: bool = False) -> None:
+        """``is_new``: in clusters that were allocated for this write."""
         mapping = self.mapping
-        unit = mapping.unit
-        first = cluster * unit
-        last = first + count * unit
-        start, end = max(first, self.start), min(last, self.end)
-        fresh = run is not None
-        piece = Piece(
-            start,
-            end - start,
-            mapping.data_node,
-            host_offset + start - first,
-            copy_head=start - first if fresh else 0,
-            copy_tail=last - end if fresh else 0,
-            fresh=fresh,
-            # What the file has never held reads as zeroes once it is long enough.
-            reads_zero=run is not None and run.is_new and host_offset >= mapping.file.size,
-        )
+        # What the file has never held reads as zeroes once it is long enough.
+        first = piece.host_offset - piece.copy_head
+        piece = piece._replace(reads_zero=is_new and first >= mapping.data_node.size)
         if mapping.encryption is not None:
             piece = _encrypted(piece, mapping.encryption)
-        pieces = self.write.pieces
+        pieces = self.pieces
         if pieces and _joins(pieces[-1], piece):
             before = pieces[-1]
             pieces[-1] = before._replace(
@@ -237,6 +159,118 @@ class _Planner:
             )
         else:
             pieces.append(piece)
+
+
+_NONE: array[int] = array("Q")
+
+
+def reserve(mapping: Qcow2Mapping, ranges: Sequence[tuple[int, int]]) -> Reservation:
+    write = Write(mapping)
+    planner: type[Planner] = StandardPlanner
+    if mapping.header.extended_l2:
+        from lamina.formats.qcow2.subwriting import ExtendedPlanner
+
+        planner = ExtendedPlanner
+    try:
+        for offset, length in ranges:
+            planner(mapping, write, offset, length).plan()
+    except BaseException:
+        write.abort()
+        raise
+    return write if write.runs else InPlace(write.pieces)
+
+
+class Planner(ABC):
+    """The pieces and runs of one range."""
+
+    def __init__(self, mapping: Qcow2Mapping, write: Write, offset: int, length: int) -> None:
+        self.mapping = mapping
+        self.write = write
+        self.start = offset
+        self.end = offset + length
+        self.bits = mapping.cluster_bits
+        self.unit = mapping.cluster_size
+
+    def plan(self) -> None:
+        bits, tables = self.bits, self.mapping.tables
+        cluster = self.start >> bits
+        end = ((self.end - 1) >> bits) + 1
+        while cluster < end:
+            tables.prepare(cluster)
+            # One L2 table at a time.
+            stop = min(((cluster >> tables.l2_bits) + 1) << tables.l2_bits, end)
+            for first, _, entries in tables.walk(cluster, stop - cluster):
+                assert entries is not None
+                self.plan_entries(first, entries)
+            cluster = stop
+
+    @abstractmethod
+    def plan_entries(self, cluster: int, entries: array[int]) -> None:
+        """Cut the entries into runs that share a fate."""
+
+    def our_place(self, cluster: int, entry: int) -> int:
+        """Of the host cluster that nobody shares with us; -1: none. Raises ImageCorrupt."""
+        if not entry & COPIED or entry & COMPRESSED:
+            return -1
+        mapping = self.mapping
+        host = mapping.space.place(entry)
+        if host < 0:
+            return -1
+        if host & (self.unit - 1):
+            offset = max(cluster * self.unit, self.start)
+            raise mapping.corruption.found(
+                f"Data cluster offset {c_hex(host)} unaligned (guest offset: {c_hex(offset)})",
+                structure="L2 table",
+            )
+        mapping.space.check_entry(cluster, host)
+        return host
+
+
+class StandardPlanner(Planner):
+    def plan_entries(self, cluster: int, entries: array[int]) -> None:
+        position = 0
+        total = len(entries)
+        while position < total:
+            entry = entries[position]
+            start = position
+            position += 1
+            host = self.our_place(cluster + start, entry)
+            if host >= 0:
+                expected = entry + self.unit
+                while position < total and entries[position] == expected:
+                    expected += self.unit
+                    position += 1
+                run = Run(cluster + start, position - start, host, is_new=False)
+                if entry & ZERO_FLAG:
+                    self._add_run(run)
+                else:
+                    self.mapping.space.check(host, run.clusters)
+                    self._add_piece(run, fresh=False)
+                continue
+            while position < total and self.our_place(cluster + position, entries[position]) < 0:
+                position += 1
+            for first, count, host in self.write.allocate(cluster + start, position - start):
+                self._add_run(Run(first, count, host, is_new=True))
+
+    def _add_run(self, run: Run) -> None:
+        self.write.add_run(run)
+        self._add_piece(run, fresh=True)
+
+    def _add_piece(self, run: Run, *, fresh: bool) -> None:
+        """The part of the range that these clusters hold, with what must be copied around it."""
+        first = run.cluster * self.unit
+        last = first + run.clusters * self.unit
+        start, end = max(first, self.start), min(last, self.end)
+        piece = Piece(
+            start,
+            end - start,
+            self.mapping.data_node,
+            run.host_offset + start - first,
+            copy_head=start - first if fresh else 0,
+            copy_tail=last - end if fresh else 0,
+            fresh=fresh,
+        )
+        self.write.add_piece(piece, is_new=run.is_new)
 
 
 def _encrypted(piece: Piece, encryption: Encryption) -> Piece:
@@ -281,9 +315,11 @@ class EncodedWrite(Reservation):
                 cluster = piece.guest_offset >> bits
                 old = mapping.tables.entry(cluster)
                 entry = compressed_entry(piece.host_offset, piece.length, bits)
-                mapping.tables.store(cluster, array("Q", [entry]))
+                # With extended L2 entries, the bitmap of such a cluster is empty.
+                words = [entry, 0][: mapping.tables.entry_words]
+                mapping.tables.store(cluster, array("Q", words))
                 done += 1
-                freed += references(old, bits, Cause.OTHER)
+                freed += mapping.space.references(old, bits, Cause.OTHER)
             mapping.file.event("l2_update_compressed")
         except BaseException:
             self.pieces = self.pieces[done:]

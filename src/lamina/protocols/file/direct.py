@@ -33,6 +33,8 @@ class DirectFileNode(FileNode):
     host cannot fetch it goes through an aligned buffer.
     """
 
+    can_send = False
+
     def __init__(self, options: NodeOptions, fd: int, path: str, *, locking: bool) -> None:
         super().__init__(options, fd, path, locking=locking)
         request_alignment, memory_alignment = probe_alignment(fd)

@@ -42,6 +42,7 @@ class FileNode(Node):
     """
 
     driver: ClassVar[str] = "file"
+    can_send: ClassVar[bool] = sys.platform == "linux"
     open_flags: ClassVar[int] = 0
     """For open(2), beside those that all files are opened with."""
 
@@ -210,6 +211,20 @@ class FileNode(Node):
         from lamina.protocols.file import allocation
 
         allocation.punch(self._fd, offset, length)
+
+    def send_to(self, descriptor: int, offset: int, length: int) -> int:
+        done = 0
+        while done < length:
+            try:
+                count = os.sendfile(descriptor, self._fd, offset + done, length - done)
+            except OSError:
+                if not done:
+                    raise
+                break  # whoever goes on will see
+            if count == 0:  # the end of the file
+                break
+            done += count
+        return done
 
     def copy_range_from(self, source: Node, source_offset: int, offset: int, length: int) -> int:
         """Copy inside the kernel, possibly by sharing blocks; the bytes that were copied.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lamina.errors import LaminaError, UsageError
+from lamina.errors import ImageUnsupported, LaminaError, UsageError
 from lamina.tools.arguments import (
     FORMAT,
     HELP,
@@ -80,6 +80,9 @@ def run(arguments: list[str], tool: Tool) -> int:
         if not given.flag("drop") and not given.flag("base"):
             try:
                 empty(top)
+            except ImageUnsupported:
+                # Then the image goes on holding what its backing file holds as well.
+                pass
             except LaminaError as error:
                 raise error.in_context(f"Failed to empty {top.node.filename}: ") from None
     if not given.flag("quiet"):

@@ -21,7 +21,7 @@ from lamina.tools.arguments import (
     number,
 )
 from lamina.tools.img.command import Command
-from lamina.tools.opening import check_cache_mode, open_image
+from lamina.tools.opening import check_cache_mode, load_snapshot, open_image
 from lamina.tools.tool import EXIT_OK, Tool
 from lamina.units import SECTOR
 
@@ -215,23 +215,11 @@ def _open_source(tool: Tool, given: Parsed, name: str) -> Backend:
     )
     if given.flag("source-snapshot"):
         try:
-            _load_snapshot(source, given.value("source-snapshot"))
+            load_snapshot(source, given.value("source-snapshot"))
         except LaminaError as error:
             source.close()
             raise error.in_context("Failed to load snapshot: ") from None
     return source
-
-
-def _load_snapshot(source: Backend, wanted: str) -> None:
-    """``wanted``: an id or a name, or ``snapshot.id=…,snapshot.name=…``."""
-    from lamina.block import registry
-    from lamina.block.keyvalue import parse_keyvalue
-
-    if wanted.startswith("snapshot."):
-        said = parse_keyvalue(wanted)
-        wanted = str(said.get("snapshot.id", said.get("snapshot.name", "")))
-    layer = source.node.unfiltered
-    registry.driver(layer.driver).load_snapshot(layer, wanted)
 
 
 def _open_target(tool: Tool, given: Parsed, name: str) -> Backend:

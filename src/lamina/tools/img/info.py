@@ -54,7 +54,8 @@ class Described:
         self.is_protocol = not node.is_format and not node.is_filter
         self.children = [
             (role, Described(attachment.node))
-            for role, attachment in node.children.items()
+            # The latest one first.
+            for role, attachment in reversed(node.children.items())
             if role != "backing"
         ]
 

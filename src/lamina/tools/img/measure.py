@@ -130,8 +130,8 @@ class _Context:
         self.secrets = tool.session.secrets
         self.warn: Callable[[str], None] = tool.tell
 
-    def backing_node(self) -> None:
+    def backing_node(self, *, needed: bool = False) -> None:
         return None
 
-    def create_beside(self, filename: str, size: int) -> Any:
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Any:
         raise AssertionError("measuring creates nothing")

@@ -99,11 +99,11 @@ def unpack_info_request(data: bytes) -> InfoRequest:
     """Raises Malformed."""
     export, at = _take_string(data, 0, "export name")
     if at + U16.size > len(data):
-        raise Malformed("Truncated info request")
+        raise Malformed("Inconsistent lengths")
     count = U16.unpack_from(data, at)[0]
     at += U16.size
     if len(data) - at != count * U16.size:
-        raise Malformed("Length of the list of info requests does not match")
+        raise Malformed("Inconsistent lengths")
     return InfoRequest(export, list(struct.unpack_from(f">{count}H", data, at)))
 
 
@@ -115,29 +115,29 @@ def unpack_query_request(data: bytes) -> QueryRequest:
     """Raises Malformed."""
     export, at = _take_string(data, 0, "export name")
     if at + U32.size > len(data):
-        raise Malformed("Truncated query")
+        raise Malformed("Inconsistent lengths")
     count = U32.unpack_from(data, at)[0]
     at += U32.size
     if count > (len(data) - at) // U32.size:
-        raise Malformed("Number of queries does not match the length of the data")
+        raise Malformed("Inconsistent lengths")
     queries = []
     for _ in range(count):
         query, at = _take_string(data, at, "query")
         queries.append(query)
     if at != len(data):
-        raise Malformed("Trailing bytes behind the queries")
+        raise Malformed("Inconsistent lengths")
     return QueryRequest(export, queries)
 
 
 def _take_string(data: bytes, at: int, what: str) -> tuple[str, int]:
     if at + U32.size > len(data):
-        raise Malformed(f"Truncated {what}")
+        raise Malformed("Inconsistent lengths")
     length = U32.unpack_from(data, at)[0]
     at += U32.size
     if length > nbd.MAX_STRING:
-        raise Malformed(f"The {what} is too long")
+        raise Malformed(f"Invalid length of {what}")
     if at + length > len(data):
-        raise Malformed(f"Truncated {what}")
+        raise Malformed("Inconsistent lengths")
     return text(data[at : at + length]), at + length
 
 
@@ -180,7 +180,7 @@ def pack_info_block_size(sizes: BlockSizes) -> bytes:
 def unpack_info_export(data: bytes) -> tuple[int, int]:
     """Size and flags, out of what follows the type. Raises ProtocolError."""
     if len(data) != EXPORT.size:
-        raise ProtocolError("invalid export info size")
+        raise ProtocolError(f"remaining export info len {len(data)} is unexpected size")
     size, flags = EXPORT.unpack(data)
     return size, flags
 
@@ -188,7 +188,7 @@ def unpack_info_export(data: bytes) -> tuple[int, int]:
 def unpack_info_block_size(data: bytes) -> BlockSizes:
     """Raises ProtocolError."""
     if len(data) != _SIZES.size:
-        raise ProtocolError("invalid block size info size")
+        raise ProtocolError(f"remaining block size info len {len(data)} is unexpected size")
     minimum, preferred, maximum = _SIZES.unpack(data)
     if minimum & (minimum - 1) or not minimum:
         raise ProtocolError(f"server minimum block size {minimum} is not a power of two")

@@ -99,7 +99,7 @@ def list_exports(*, tls: bool = False) -> Negotiation[tuple[Style, list[Descript
             contexts = yield from _list_contexts(name)
             export = replace(export, contexts=tuple(contexts))
         found.append(export)
-    yield Send(messages.option(nbd.OPT_ABORT))
+    yield Send(messages.option(nbd.OPT_ABORT), last=True)
     return style, found
 
 
@@ -115,7 +115,7 @@ def _greeting() -> Negotiation[int | None]:
     if magic == nbd.OLDSTYLE_MAGIC:
         return None
     if magic != nbd.OPTION_MAGIC:
-        raise ProtocolError(f"Bad server magic received: 0x{magic:016x}")
+        raise ProtocolError(f"Bad server magic received: 0x{magic:x}")
     flags: int = messages.U16.unpack((yield Receive(2, "server flags")))[0]
     answer = flags & (nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES)
     yield Send(messages.CLIENT_FLAGS.pack(answer))
@@ -159,14 +159,8 @@ def _checked(export: Description) -> Description:
 
 
 def _start_tls() -> Negotiation[None]:
-    yield Send(messages.option(nbd.OPT_STARTTLS))
-    kind, data = yield from _reply(nbd.OPT_STARTTLS)
-    if kind == nbd.REP_ERR_UNSUP:
-        raise _refused(nbd.OPT_STARTTLS, kind, data)
-    if kind != nbd.REP_ACK:
-        raise _unexpected(nbd.OPT_STARTTLS, kind)
-    if data:
-        raise ProtocolError("Start TLS response was not zero length")
+    if not (yield from _simple_option(nbd.OPT_STARTTLS, tolerated=False)):
+        raise ProtocolError("Server does not support STARTTLS")
     yield StartTls()
 
 
@@ -178,14 +172,23 @@ def _agree_on_style(highest: Style) -> Negotiation[Style]:
     return Style.SIMPLE
 
 
-def _simple_option(number: int) -> Negotiation[bool]:
-    """Whether the server agrees."""
+def _simple_option(number: int, *, tolerated: bool = True) -> Negotiation[bool]:
+    """Whether the server agrees to an option without data; ``tolerated`` as for ``_reply``."""
+    name = nbd.OPTION_NAMES[number]
     yield Send(messages.option(number))
-    kind, _ = yield from _reply(number, tolerated=True)
+    kind, length = yield from _reply_header(number)
     if kind & nbd.REP_ERROR:
+        yield from _reply_error(number, kind, length, tolerated=tolerated)
         return False
+    if length:
+        raise ProtocolError(
+            f"Option {number} ('{name}') response length is {length} (it should be zero)"
+        )
     if kind != nbd.REP_ACK:
-        raise _unexpected(number, kind)
+        raise ProtocolError(
+            f"Server answered option {number} ({name}) with unexpected reply {kind} "
+            f"({nbd.name(nbd.REPLY_NAMES, kind)})"
+        )
     return True
 
 
@@ -200,7 +203,7 @@ def _info(number: int, name: str) -> Negotiation[Description | None]:
         if kind == nbd.REP_ERR_UNSUP:
             return None
         if len(data) < messages.U16.size:
-            raise ProtocolError("broken server: info reply too short")
+            raise ProtocolError(f"NBD_REP_INFO length {len(data)} is too short")
         topic, content = messages.U16.unpack_from(data)[0], data[messages.U16.size :]
         if topic == nbd.INFO_EXPORT:
             size, flags = messages.unpack_info_export(content)
@@ -245,9 +248,12 @@ def _set_contexts(name: str, queries: Sequence[str]) -> Negotiation[dict[str, in
             return {}
         number, context = messages.unpack_meta_context(data)
         if context not in queries:
-            raise ProtocolError(f"meta context '{messages.printable(data[4:])}' was not asked for")
+            raise ProtocolError(
+                f"Failed to negotiate meta context '{queries[0]}', "
+                f"server answered with different context '{messages.printable(data[4:])}'"
+            )
         if context in found or number in found.values():
-            raise ProtocolError("meta contexts are not distinct")
+            raise ProtocolError("Server answered with the same meta context twice")
         found[context] = number
     return found
 
@@ -277,63 +283,64 @@ def _replies(
     found: list[tuple[int, bytes]] = []
     total = 0
     while True:
-        kind, data = yield from _reply(number, tolerated=tolerated)
-        if kind == nbd.REP_ACK:
-            if data:
-                raise ProtocolError("length of a final acknowledgement is not zero")
-            return found
+        kind, length = yield from _reply_header(number)
         if kind & nbd.REP_ERROR:
+            data = yield from _reply_error(number, kind, length, tolerated=tolerated)
             return [*found, (kind, data)]
+        if kind == nbd.REP_ACK:
+            if length:
+                raise ProtocolError("server sent invalid NBD_REP_ACK")
+            return found
         if kind != expected:
-            raise _unexpected(number, kind)
-        total += len(data)
+            raise ProtocolError(
+                f"unexpected reply type {kind} ({nbd.name(nbd.REPLY_NAMES, kind)}), "
+                f"expected {expected} ({nbd.REPLY_NAMES[expected]})"
+            )
+        total += length
+        if length > _MAX_REPLY:
+            raise ProtocolError("option reply is too long")
         if len(found) == _MAX_REPLIES or total > _MAX_REPLIED:
             raise ProtocolError(f"Too many replies to option {_named(number)}")
-        found.append((kind, data))
+        found.append((kind, (yield from receive(length, "option reply"))))
 
 
-def _reply(number: int, *, tolerated: bool = False) -> Negotiation[tuple[int, bytes]]:
-    """Type and data of the next reply.
-
-    Raises OptionRefused for errors other than UNSUP, unless they are ``tolerated``.
-    """
+def _reply_header(number: int) -> Negotiation[tuple[int, int]]:
+    """Type of the next reply, and the length of its data."""
     header = yield Receive(messages.OPTION_REPLY.size, "option reply")
     magic, about, kind, length = messages.OPTION_REPLY.unpack(header)
     if magic != nbd.OPTION_REPLY_MAGIC:
         raise ProtocolError("Unexpected option reply magic")
     if about != number:
         raise ProtocolError(f"Unexpected option type {_named(about)}, expected {_named(number)}")
-    if kind & nbd.REP_ERROR:
-        if length > nbd.MAX_STRING:
-            raise ProtocolError(
-                f"server error {kind:#x} ({nbd.name(nbd.REPLY_NAMES, kind)}) message is too long"
-            )
-        data = yield from receive(length, "option error message")
-        if kind != nbd.REP_ERR_UNSUP and not tolerated:
-            raise _refused(number, kind, data)
-        return kind, data
-    if length > _MAX_REPLY:
-        raise ProtocolError("option reply is too long")
-    return kind, (yield from receive(length, "option reply"))
+    return kind, length
+
+
+def _reply_error(
+    number: int, kind: int, length: int, *, tolerated: bool
+) -> Negotiation[bytes]:
+    """What the server says about an error: if it is UNSUP or ``tolerated``; others are raised."""
+    if length > nbd.MAX_PAYLOAD:
+        raise ProtocolError(
+            f"server error {kind:#x} ({nbd.name(nbd.REPLY_NAMES, kind)}) message is too long"
+        )
+    text = b""
+    if length > nbd.MAX_STRING:
+        yield Skip(length, "option error message")
+    else:
+        text = yield from receive(length, "option error message")
+    if kind != nbd.REP_ERR_UNSUP and not tolerated:
+        raise _refused(number, kind, text)
+    return text
 
 
 def _named(number: int) -> str:
     return f"{number} ({nbd.name(nbd.OPTION_NAMES, number)})"
 
 
-def _unexpected(number: int, kind: int) -> ProtocolError:
-    return ProtocolError(
-        f"Unexpected reply type {kind} ({nbd.name(nbd.REPLY_NAMES, kind)}) "
-        f"to option {_named(number)}"
-    )
-
-
 def _refused(number: int, kind: int, data: bytes) -> OptionRefused:
     option = _named(number)
     hints = []
-    if kind == nbd.REP_ERR_UNSUP:
-        message = f"Unsupported option type {option}"
-    elif kind == nbd.REP_ERR_POLICY:
+    if kind == nbd.REP_ERR_POLICY:
         message = f"Denied by server for option {option}"
     elif kind == nbd.REP_ERR_INVALID:
         message = f"Invalid parameters for option {option}"

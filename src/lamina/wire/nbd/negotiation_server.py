@@ -12,7 +12,7 @@ from typing import Protocol
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd import messages
 from lamina.wire.nbd.agreement import Agreement, Description, Style
-from lamina.wire.nbd.messages import Malformed
+from lamina.wire.nbd.messages import BlockSizes, Malformed
 from lamina.wire.nbd.steps import (
     Negotiation,
     ProtocolError,
@@ -104,7 +104,7 @@ class _Handshake:
                 )
                 continue
             if number == nbd.OPT_ABORT:
-                yield Send(messages.option_reply(number, nbd.REP_ACK))
+                yield Send(messages.option_reply(number, nbd.REP_ACK), last=True)
                 return None
             agreed = yield from self._option(number, length)
             if agreed is not None:
@@ -142,7 +142,8 @@ class _Handshake:
             else:
                 yield from self._query_contexts(number, data)
         except Malformed as error:
-            yield from self._refuse(number, nbd.REP_ERR_INVALID, str(error))
+            message = f"{error} in option {nbd.OPTION_NAMES[number]}"
+            yield from self._refuse(number, nbd.REP_ERR_INVALID, message)
         return None
 
     def _refuse(self, number: int, kind: int, message: str, skip: int = 0) -> Negotiation[None]:
@@ -213,12 +214,17 @@ class _Handshake:
         answers = []
         if nbd.INFO_NAME in request.wanted:
             answers.append(messages.pack_info_text(nbd.INFO_NAME, export.name))
-        if nbd.INFO_DESCRIPTION in request.wanted and export.text:
+        if export.text:
             answers.append(messages.pack_info_text(nbd.INFO_DESCRIPTION, export.text))
-        answers.append(messages.pack_info_block_size(export.sizes))
+        sizes = export.sizes
+        obedient = nbd.INFO_BLOCK_SIZE in request.wanted
+        if number == nbd.OPT_GO and not obedient:
+            # It would not know that it has to align anything; INFO may tell.
+            sizes = BlockSizes(1, sizes.preferred, sizes.maximum)
+        answers.append(messages.pack_info_block_size(sizes))
         answers.append(messages.pack_info_export(export.size, agreed.export.flags))
         out = b"".join(messages.option_reply(number, nbd.REP_INFO, one) for one in answers)
-        if export.sizes.minimum > 1 and nbd.INFO_BLOCK_SIZE not in request.wanted:
+        if sizes.minimum > 1 and not obedient:
             yield Send(out)
             yield from self._refuse(
                 number,
@@ -230,19 +236,16 @@ class _Handshake:
         return agreed if number == nbd.OPT_GO else None
 
     def _query_contexts(self, number: int, data: bytes) -> Negotiation[None]:
-        if number == nbd.OPT_SET_META_CONTEXT:
+        selecting = number == nbd.OPT_SET_META_CONTEXT
+        if selecting:
             self._contexts = {}
-        if self._style is Style.SIMPLE:
-            raise Malformed(
-                f"request option '{nbd.OPTION_NAMES[number]}' when structured reply "
-                "is not negotiated"
-            )
+            if self._style is Style.SIMPLE:
+                raise Malformed("Structured replies have to be negotiated first")
         request = messages.unpack_query_request(data)
         export = self._exports.find(request.export)
         if export is None:
             yield from self._unknown(number, request.export)
             return
-        selecting = number == nbd.OPT_SET_META_CONTEXT
         chosen = [
             (index, name)
             for index, name in enumerate(export.contexts)
@@ -266,7 +269,7 @@ class _Handshake:
         contexts = self._contexts if self._contexts_of == export.name else {}
         if self._style is not Style.SIMPLE:
             flags |= nbd.SEND_DF
-        if self._style is Style.EXTENDED and contexts:
+        if self._style is Style.EXTENDED and export.contexts:
             flags |= nbd.BLOCK_STATUS_PAYLOAD
         described = Description(
             export.name, export.size, flags, export.text, export.sizes, export.contexts

@@ -55,6 +55,10 @@ class SimpleReplies:
         """The reply to anything but a read that brought data."""
         return SIMPLE.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie)
 
+    def nothing(self, cookie: int, request_offset: int) -> bytes:
+        """The end of a reply to a read, or all of it where no byte was wanted."""
+        return self.success(cookie, request_offset)
+
     def error(self, cookie: int, request_offset: int, number: int, message: str = "") -> bytes:
         """``number``: of the protocol, not of the host."""
         return SIMPLE.pack(nbd.SIMPLE_REPLY_MAGIC, number, cookie)
@@ -116,7 +120,7 @@ class StructuredReplies(SimpleReplies):
         payload = _STATUS.pack(context) + struct.pack(f">{len(values)}I", *values)
         return self._chunk(nbd.CHUNK_BLOCK_STATUS, cookie, request_offset, payload, done)
 
-    def success(self, cookie: int, request_offset: int) -> bytes:
+    def nothing(self, cookie: int, request_offset: int) -> bytes:
         return self._chunk(nbd.CHUNK_NONE, cookie, request_offset, b"", True)
 
     def error(self, cookie: int, request_offset: int, number: int, message: str = "") -> bytes:
@@ -135,6 +139,9 @@ class StructuredReplies(SimpleReplies):
 class ExtendedReplies(StructuredReplies):
     style = Style.EXTENDED
     data_header = _EXTENDED_DATA.size
+
+    def success(self, cookie: int, request_offset: int) -> bytes:
+        return self.nothing(cookie, request_offset)
 
     def _chunk(
         self, kind: int, cookie: int, request_offset: int, payload: bytes, done: bool

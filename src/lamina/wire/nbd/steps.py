@@ -21,6 +21,8 @@ class ProtocolError(StorageError):
 
 class Send(NamedTuple):
     data: bytes
+    last: bool = False
+    """Nothing follows, and the peer may have left already."""
 
 
 class Receive(NamedTuple):
@@ -65,7 +67,11 @@ def run(negotiation: Negotiation[T], carrier: Carrier) -> T:
             step = negotiation.send(answer) if answer else next(negotiation)
             answer = b""
             if isinstance(step, Send):
-                carrier.send(step.data)
+                try:
+                    carrier.send(step.data)
+                except StorageError:
+                    if not step.last:
+                        raise
             elif isinstance(step, Receive):
                 answer = carrier.receive(step.length, step.what) if step.length else b""
             elif isinstance(step, Skip):

@@ -36,6 +36,7 @@ class Request:
     """One request, from being sent until it is answered."""
 
     __slots__ = (
+        "answered",
         "buffer",
         "command",
         "cookie",
@@ -46,6 +47,7 @@ class Request:
         "length",
         "message",
         "offset",
+        "owner",
         "status",
     )
 
@@ -64,11 +66,14 @@ class Request:
         self.flags = flags
         self.buffer = buffer
         """READ: where the data go; WRITE: what is to be written; ``length`` bytes."""
+        self.owner: object = None
+        """Whoever waits for it; for the caller's own use."""
         self.reset()
 
     def reset(self) -> None:
         """As if it had never been sent."""
         self.cookie = 0
+        self.answered = False
         self.error = 0
         """Of the protocol; 0: none so far."""
         self.message = ""
@@ -371,4 +376,5 @@ class ReplyReader:
             if request.command == nbd.CMD_BLOCK_STATUS and not request.status:
                 raise ProtocolError("protocol error: server sent no block status")
         del self._pending[request.cookie]
+        request.answered = True
         self._finished.append(request)

@@ -102,8 +102,9 @@ class RequestReader:
             magic, flags, command, cookie, offset, length = header.unpack_from(buffer, self._start)
             if magic != self._magic:
                 raise ProtocolError(f"invalid magic (got 0x{magic:x})")
-            has_payload = (
-                flags & nbd.CMD_FLAG_PAYLOAD_LEN if self._extended else command == nbd.CMD_WRITE
+            # QEMU's client sends the payload of a write without saying so in the flags.
+            has_payload = command == nbd.CMD_WRITE or (
+                self._extended and flags & nbd.CMD_FLAG_PAYLOAD_LEN
             )
             self._start += size
             request = Request(command, flags, cookie, offset, length)

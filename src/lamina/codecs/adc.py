@@ -1,0 +1,54 @@
+"""Apple Data Compression: literals, and copies of what came before, told apart by their first byte.
+
+    1nnnnnnn                        n + 1 bytes as they are
+    01nnnnnn dddddddd dddddddd      n + 4 bytes from d + 1 bytes ago
+    00nnnndd dddddddd               n + 3 bytes from d + 1 bytes ago
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lamina.errors import ImageCorrupt
+
+if TYPE_CHECKING:
+    from lamina.codecs import Data
+
+
+def decode(encoded: Data, length: int) -> bytearray:
+    """Exactly ``length`` bytes. Raises ImageCorrupt."""
+    end = len(encoded)
+    data = bytes(encoded) + b"\0\0"  # so that the last code can be looked at as a whole
+    out = bytearray()
+    at = size = 0
+    while size < length and at < end:
+        code = data[at]
+        if code & 0x80:
+            count = (code & 0x7F) + 1
+            out += data[at + 1 : at + 1 + count]
+            at += 1 + count
+        else:
+            if code & 0x40:
+                count = (code & 0x3F) + 4
+                distance = (data[at + 1] << 8 | data[at + 2]) + 1
+                at += 3
+            else:
+                count = (code >> 2 & 0x0F) + 3
+                distance = ((code & 3) << 8 | data[at + 1]) + 1
+                at += 2
+            start = size - distance
+            if start < 0:
+                raise _corrupt()
+            if distance >= count:
+                out += out[start : start + count]
+            else:
+                out += (out[start:] * (count // distance + 1))[:count]
+        size += count
+    if at > end or size < length:
+        raise _corrupt()
+    del out[length:]
+    return out
+
+
+def _corrupt() -> ImageCorrupt:
+    return ImageCorrupt("Input/output error", structure="compressed data")

@@ -1,0 +1,46 @@
+"""Deflate with its usual wrapping (RFC 1950): a header and a checksum, one stream per unit."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lamina.errors import ImageCorrupt
+
+if TYPE_CHECKING:
+    from lamina.codecs import Data
+
+
+def _fast_decoder() -> Callable[[Data, int], bytes | bytearray] | None:
+    """Something that raises for all that it cannot decode completely, or None."""
+    try:
+        from deflate import zlib_decompress
+    except ImportError:
+        return None
+    return zlib_decompress
+
+
+_fast_decode = _fast_decoder()
+
+
+def decode(encoded: Data, length: int) -> bytes | bytearray:
+    """Exactly ``length`` bytes; the stream may go on, or be followed by anything.
+
+    Raises ImageCorrupt.
+    """
+    if _fast_decode is not None:
+        try:
+            decoded = _fast_decode(encoded, length)
+        except Exception:  # whatever it has against this stream, zlib decides
+            pass
+        else:
+            if len(decoded) == length:
+                return decoded
+    try:
+        found = zlib.decompressobj().decompress(encoded, length)
+    except zlib.error as error:
+        raise ImageCorrupt("Input/output error", structure="compressed data") from error
+    if len(found) != length:
+        raise ImageCorrupt("Input/output error", structure="compressed data")
+    return found

@@ -1,0 +1,55 @@
+"""VHDX, the disk of Hyper-V: dynamic, fixed and differencing images, with a log of metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.driver import CheckResult, Driver, Fix, Measurement
+from lamina.formats.vhdx.options import VhdxCreateOptions
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+    from lamina.formats.vhdx.mapping import VhdxMapping
+
+
+class VhdxDriver(Driver):
+    name = "vhdx"
+    CreateOptions = VhdxCreateOptions
+    is_format = True
+    supports_backing = True
+
+    def open(self, options: Any, context: OpenContext) -> Node:
+        from lamina.formats.vhdx.opening import open_disk
+
+        return open_disk(context)
+
+    def create(self, options: Any, file: Node, context: CreateContext) -> None:
+        from lamina.formats.vhdx.create import create
+
+        create(options, file, context)
+
+    def measure(self, options: Any, source: Node | None, context: CreateContext) -> Measurement:
+        from lamina.formats.vhdx.measure import measure
+
+        return measure(options, source)
+
+    def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
+        from lamina.formats.vhdx.check import check
+
+        mapping = _mapping(node)
+        with mapping.disk.exclusive():
+            return check(mapping, fix, report)
+
+
+def _mapping(node: Node) -> VhdxMapping:
+    from lamina.engine.disk import Disk
+    from lamina.formats.vhdx.mapping import VhdxMapping
+
+    assert isinstance(node, Disk)
+    assert isinstance(node.mapping, VhdxMapping)
+    return node.mapping
+
+
+DRIVER = VhdxDriver()

@@ -1,0 +1,35 @@
+"""Whole blocks that read as zeroes from now on: by the state ZERO, their space given back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lamina.formats.vhdx.layout import (
+    FULLY_PRESENT,
+    NOT_PRESENT,
+    PARTIALLY_PRESENT,
+    STATE,
+    ZERO,
+)
+
+if TYPE_CHECKING:
+    from lamina.formats.vhdx.mapping import VhdxMapping
+
+
+def clear(
+    mapping: VhdxMapping, first: int, count: int, *, even_absent: bool, state: int = ZERO
+) -> None:
+    """Give blocks another state without data.
+
+    ``even_absent``: those that are not there at all as well; otherwise they stay so.
+    """
+    freed: list[tuple[int, int]] = []
+    for block, entries in mapping.bat.entries(first, count):
+        for number, entry in enumerate(entries):
+            old = entry & STATE
+            if old in (FULLY_PRESENT, PARTIALLY_PRESENT):
+                freed.append((mapping.host_offset(block + number, entry), mapping.unit))
+            elif entry == state or (old == NOT_PRESENT and not even_absent):
+                continue
+            mapping.bat.set(block + number, state)
+    mapping.space.free_later(freed)

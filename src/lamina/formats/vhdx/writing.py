@@ -1,0 +1,168 @@
+"""Places for writes, and what the tables say once the data is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lamina.engine.mapping import Piece, Reservation
+from lamina.formats.vhdx.layout import (
+    BITMAP_PRESENT,
+    FULLY_PRESENT,
+    NOT_PRESENT,
+    PARTIALLY_PRESENT,
+    RESERVED,
+    STATE,
+)
+from lamina.units import MIB, round_down, round_up
+
+if TYPE_CHECKING:
+    from lamina.formats.vhdx.mapping import VhdxMapping
+
+
+class VhdxReservation(Reservation):
+    """Blocks that no table names yet, and sectors that their bitmap does not.
+
+    A write to a block that is not in a differencing image brings over no more than the rest of its
+    first and last sector: the block becomes partially present.
+    """
+
+    def __init__(self, mapping: VhdxMapping, ranges: Sequence[tuple[int, int]]) -> None:
+        self._mapping = mapping
+        self.pieces: list[Piece] = []
+        self._blocks: list[tuple[int, int]] = []
+        """(block, new entry)."""
+        self._chunks: dict[int, int] = {}
+        """Chunk -> host offset of its new bitmap block."""
+        self._sectors: list[tuple[int, int, int]] = []
+        """(block, first sector in it, sectors) that will be here."""
+        try:
+            for offset, length in ranges:
+                self._reserve(offset, offset + length)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _reserve(self, offset: int, end: int) -> None:
+        mapping = self._mapping
+        unit = mapping.unit
+        first = offset // unit
+        for block, entries in mapping.bat.entries(first, -(-end // unit) - first):
+            for number, entry in enumerate(entries, block):
+                start = max(number * unit, offset)
+                stop = min((number + 1) * unit, end)
+                state = entry & STATE
+                if state == FULLY_PRESENT:
+                    host = mapping.host_offset(number, entry) - number * unit
+                    self.pieces.append(Piece(start, stop - start, mapping.file, host + start))
+                elif state in (RESERVED, PARTIALLY_PRESENT):
+                    self._complete(number, entry, start, stop)
+                elif state == NOT_PRESENT and mapping.differencing:
+                    self._new_sectors(number, start, stop)
+                else:
+                    self._new_block(number, start, stop)
+
+    def _new_block(self, block: int, start: int, stop: int) -> None:
+        """All of it will be here; what the write leaves out read as zeroes before."""
+        mapping = self._mapping
+        base = block * mapping.unit
+        host = mapping.space.allocate(mapping.unit)
+        self._blocks.append((block, host | FULLY_PRESENT))
+        self.pieces.append(
+            Piece(
+                start,
+                stop - start,
+                mapping.file,
+                host + start - base,
+                copy_head=start - base,
+                copy_tail=base + mapping.unit - stop,
+                fresh=True,
+                reads_zero=True,
+            )
+        )
+
+    def _new_sectors(self, block: int, start: int, stop: int) -> None:
+        """The first sectors of a block of a differencing image."""
+        mapping = self._mapping
+        base = block * mapping.unit
+        last = min(base + mapping.unit, round_up(mapping.size, mapping.bitmaps.sector))
+        host = mapping.space.allocate(mapping.unit)
+        whole = start == base and stop >= last
+        self._blocks.append((block, host | (FULLY_PRESENT if whole else PARTIALLY_PRESENT)))
+        self._add_sectors(block, host, start, stop, zero=True)
+        if whole:
+            self._sectors.pop()
+            return
+        chunk = block // mapping.bat.ratio
+        if chunk not in self._chunks and not mapping.bitmaps.host_offset(chunk):
+            self._chunks[chunk] = mapping.space.allocate(MIB)
+
+    def _complete(self, block: int, entry: int, start: int, stop: int) -> None:
+        """More sectors of a block, or others once more."""
+        mapping = self._mapping
+        host = mapping.host_offset(block, entry)
+        base = block * mapping.unit
+        for begin, end, present in list(mapping.sectors(block, start, stop)):
+            if present:
+                place = host + begin - base
+                self.pieces.append(Piece(begin, end - begin, mapping.file, place))
+            else:
+                self._add_sectors(block, host, begin, end)
+
+    def _add_sectors(
+        self, block: int, host: int, start: int, stop: int, *, zero: bool = False
+    ) -> None:
+        mapping = self._mapping
+        sector = mapping.bitmaps.sector
+        base = block * mapping.unit
+        head, tail = round_down(start, sector), round_up(stop, sector)
+        self._sectors.append((block, (head - base) // sector, (tail - head) // sector))
+        self.pieces.append(
+            Piece(
+                start,
+                stop - start,
+                mapping.file,
+                host + start - base,
+                copy_head=start - head,
+                copy_tail=tail - stop,
+                fresh=True,
+                reads_zero=zero,
+            )
+        )
+
+    def commit(self) -> None:
+        try:
+            self._publish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _publish(self) -> None:
+        mapping = self._mapping
+        bitmaps, ratio = mapping.bitmaps, mapping.bat.ratio
+        new = {block for block, entry in self._blocks if entry & STATE == PARTIALLY_PRESENT}
+        for block in new:
+            # Whatever earlier uses of these bits have left.
+            bitmaps.fill(self._bitmap(block), block % ratio * bitmaps.bits, bitmaps.bits, False)
+        for block, first, count in self._sectors:
+            place = block % ratio * bitmaps.bits + first
+            bitmaps.fill(self._bitmap(block), place, count, True)
+        for chunk in list(self._chunks):
+            mapping.bat.set_bitmap(chunk, self._chunks[chunk] | BITMAP_PRESENT)
+            del self._chunks[chunk]
+        while self._blocks:
+            mapping.bat.set(*self._blocks[-1])
+            del self._blocks[-1]
+
+    def _bitmap(self, block: int) -> int:
+        chunk = block // self._mapping.bat.ratio
+        return self._chunks.get(chunk) or self._mapping.bitmap_place(chunk, block)
+
+    def abort(self) -> None:
+        space = self._mapping.space
+        for host in self._chunks.values():
+            self._mapping.bitmaps.forget(host)
+            space.give_back(host, MIB)
+        for _, entry in self._blocks:
+            space.give_back(entry & ~STATE, self._mapping.unit)
+        self._chunks, self._blocks = {}, []

@@ -1,0 +1,58 @@
+"""VMDK: the disks of VMware, hosted or on ESX, in one file or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.driver import CheckResult, Driver, Fix, Measurement
+from lamina.formats.vmdk.options import VmdkCreateOptions
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+
+
+class VmdkDriver(Driver):
+    name = "vmdk"
+    CreateOptions = VmdkCreateOptions
+    is_format = True
+    supports_backing = True
+    supports_compression = True
+
+    def open(self, options: Any, context: OpenContext) -> Node:
+        from lamina.engine.disk import Disk
+        from lamina.formats.vmdk.mapping import VmdkMapping
+
+        return Disk(context, lambda disk: VmdkMapping(disk, context))
+
+    def create(self, options: Any, file: Node, context: CreateContext) -> None:
+        from lamina.formats.vmdk.create import create
+
+        create(options, file, context)
+
+    def measure(
+        self, options: Any, source: Node | None, context: CreateContext
+    ) -> Measurement:
+        from lamina.formats.vmdk.measure import measure
+
+        return measure(options, source)
+
+    def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
+        from lamina.formats.vmdk.check import check
+
+        return check(node, fix, report)
+
+    def make_empty(self, node: Node) -> None:
+        from lamina.engine.disk import Disk
+        from lamina.formats.vmdk.empty import make_empty
+        from lamina.formats.vmdk.mapping import VmdkMapping
+
+        assert isinstance(node, Disk)
+        assert isinstance(node.mapping, VmdkMapping)
+        with node.exclusive():
+            node.writer.open_gate()
+            make_empty(node.mapping)
+
+
+DRIVER = VmdkDriver()

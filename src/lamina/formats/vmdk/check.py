@@ -1,0 +1,287 @@
+"""Checking a VMDK: entries that name nothing, places named twice, copies that differ, lost space.
+
+Tables are looked at as arrays. What is found is reported in QEMU's words where it has some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lamina.block.driver import CheckResult, Fix
+from lamina.block.extents import Kind
+from lamina.engine.disk import Disk
+from lamina.errors import ImageCorrupt
+from lamina.formats.vmdk.extents import GrainExtent
+from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN_MARKER_SIZE, UNCLEAN_FIELD, parse_marker
+from lamina.formats.vmdk.sparse import SparseExtent
+from lamina.records import replace
+from lamina.units import SECTOR, round_up
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from lamina.block.node import Node
+    from lamina.formats.vmdk.mapping import VmdkMapping
+
+    Sectors = npt.NDArray[np.int64]
+
+Report = Callable[[str], None]
+_STEP = 1 << 20
+"""Grains looked at at a time."""
+_MARKERS = 4096
+"""Markers of compressed grains that are read with one call."""
+
+
+def check(node: Node, fix: Fix, report: Report) -> CheckResult:
+    """Raises what reading the image raises; damage is counted."""
+    from lamina.formats.vmdk.mapping import VmdkMapping
+
+    assert isinstance(node, Disk)
+    disk, mapping = node, node.mapping
+    assert isinstance(mapping, VmdkMapping)
+    result = CheckResult()
+    with disk.exclusive():
+        if fix != Fix():
+            disk.writer.open_gate()
+        for extent in mapping.extents:
+            if isinstance(extent, SparseExtent):
+                SparseCheck(mapping, extent, fix, report, result).run()
+            elif isinstance(extent, GrainExtent):
+                GrainCheck(extent, report, result).run()
+        if fix != Fix():
+            mapping.metadata.commit()
+            mapping.metadata.barrier()
+    return result
+
+
+class GrainCheck:
+    """What every kind of table can get wrong."""
+
+    def __init__(self, extent: GrainExtent, report: Report, result: CheckResult) -> None:
+        self.extent = extent
+        self.report = report
+        self.result = result
+        self.grains = -(-extent.length // extent.grain)
+
+    def run(self) -> None:
+        for first, sectors in self.pieces():
+            self.look_at(first, sectors)
+
+    def pieces(self) -> Iterator[tuple[int, Sectors]]:
+        """(first grain, entries) of the whole extent."""
+        for first in range(0, self.grains, _STEP):
+            found = self.extent.entries_array(first, min(_STEP, self.grains - first))
+            assert isinstance(found, np.ndarray)
+            yield first, found
+
+    def look_at(self, first: int, sectors: Sectors) -> None:
+        for number in self.lost(first, sectors):
+            self.report(f"ERROR: cluster offset for sector {number} points after EOF")
+            self.result.corruptions += 1
+
+    def lost(self, first: int, sectors: Sectors) -> list[int]:
+        """Guest sectors of grains that lie behind the end of the file."""
+        end = self.extent.node.size
+        wrong = np.flatnonzero((sectors > 1) & (sectors * SECTOR >= end))
+        return [self.guest_sector(first + int(index)) for index in wrong]
+
+    def guest_sector(self, grain: int) -> int:
+        return (self.extent.start + grain * self.extent.grain) // SECTOR
+
+
+class SparseCheck(GrainCheck):
+    extent: SparseExtent
+
+    def __init__(
+        self,
+        mapping: VmdkMapping,
+        extent: SparseExtent,
+        fix: Fix,
+        report: Report,
+        result: CheckResult,
+    ) -> None:
+        super().__init__(extent, report, result)
+        self.extent = extent
+        self.mapping = mapping
+        self.fix = fix if extent.writable else Fix()
+        self.taken: list[npt.NDArray[np.uint32]] = []
+        """Sectors at which grains begin."""
+        self.tables: list[int] = []
+        """Host offsets of tables behind the place of the first grain."""
+        self.unreadable = False
+        """Some table cannot be read: nothing can be said of its grains, or of what is lost."""
+
+    def run(self) -> None:
+        header = self.extent.header
+        for number in range(header.directory_entries):
+            self._look_at_table(number)
+        if self.unreadable:
+            return
+        super().run()
+        if not header.compressed:
+            self._look_for_overlaps_and_leaks()
+        if header.unclean:
+            self.report("The image was not closed by its last user")
+            if self.fix.errors and not self.result.corruptions:
+                self.extent.node.write(UNCLEAN_FIELD, b"\0")
+                self.extent.header = replace(header, unclean=False)
+                self.result.corruptions_fixed += 1
+
+    # -- tables ----------------------------------------------------------------------------------
+
+    def _look_at_table(self, number: int) -> None:
+        """A table that is named, and its copy."""
+        extent = self.extent
+        try:
+            offset = extent.table_offset(number)
+        except ImageCorrupt as error:
+            self.report(f"ERROR: {error}")
+            if self.fix.errors:
+                extent.replace_table(number)
+                self.result.corruptions_fixed += 1
+            else:
+                self.result.corruptions += 1
+                self.unreadable = True
+            return
+        if not offset:
+            return
+        if offset >= extent.header.overhead:
+            self.tables.append(offset)
+        if not extent.header.has_redundant:
+            return
+        copy = extent.copy_offset(number)
+        if copy >= extent.header.overhead:
+            self.tables.append(copy)
+        table = extent.tables.get(offset)
+        if copy and extent.copies.get(copy) == table:
+            return
+        self.report(f"ERROR: the redundant copy of grain table {number} is different")
+        if not self.fix.errors:
+            self.result.corruptions += 1
+            return
+        if copy:
+            self._take_from_copy(number, table, extent.copies.get(copy))
+        extent.renew_copy(number)
+        self.result.corruptions_fixed += 1
+
+    def _take_from_copy(self, number: int, table: bytearray, copy: bytearray) -> None:
+        """Entries that cannot be, where the copy knows better."""
+        ours, theirs = np.frombuffer(table, "<u4"), np.frombuffer(copy, "<u4")
+        end = self.extent.node.size // SECTOR
+        first = self._first_place() // SECTOR
+        better = (ours >= end) & (theirs >= first) & (theirs < end)
+        for index in np.flatnonzero(better).tolist():
+            grain = number * self.extent.header.table_entries + index
+            sector = int(theirs[index])
+            where = self.guest_sector(grain)
+            self.report(f"ERROR: cluster offset for sector {where} points after EOF")
+            self.extent.set_entries(grain, [sector])
+            self.result.corruptions_fixed += 1
+
+    # -- entries ---------------------------------------------------------------------------------
+
+    def look_at(self, first: int, sectors: Sectors) -> None:
+        for number in self.lost(first, sectors):
+            self._wrong(number, f"cluster offset for sector {number} points after EOF")
+        low = np.flatnonzero((sectors > 1) & (sectors * SECTOR < self._first_place()))
+        for index in low.tolist():
+            number = self.guest_sector(first + index)
+            self._wrong(number, f"cluster offset for sector {number} points into metadata")
+        if self.extent.compressed:
+            self._look_at_markers(first, sectors)
+            return
+        places = sectors * SECTOR
+        good = (places >= self._first_place()) & (places < self.extent.node.size)
+        self.taken.append(sectors[good].astype(np.uint32))
+
+    def _first_place(self) -> int:
+        return max(self.extent.header.overhead, 2 * SECTOR)
+
+    def _wrong(self, guest_sector: int, what: str) -> None:
+        self.report(f"ERROR: {what}")
+        if not self.fix.errors:
+            self.result.corruptions += 1
+            return
+        grain = (guest_sector * SECTOR - self.extent.start) // self.extent.grain
+        self.extent.set_entries(grain, [0])
+        self.result.corruptions_fixed += 1
+
+    def _look_at_markers(self, first: int, sectors: Sectors) -> None:
+        """Every compressed grain says which one it is."""
+        extent = self.extent
+        end = extent.node.size
+        valid = (sectors * SECTOR >= self._first_place()) & (sectors * SECTOR < end)
+        numbers = np.flatnonzero(valid)
+        for start in range(0, len(numbers), _MARKERS):
+            some = numbers[start : start + _MARKERS].tolist()
+            heads = [memoryview(bytearray(16)) for _ in some]
+            places = [int(sectors[index]) * SECTOR for index in some]
+            extent.node.readv(list(zip(places, heads, strict=True)))
+            for index, place, head in zip(some, places, heads, strict=True):
+                value, size, _ = parse_marker(head)
+                number = (first + index) * extent.grain // SECTOR
+                if value != number or place + GRAIN_MARKER_SIZE + size > end or not size:
+                    where = self.guest_sector(first + index)
+                    self._wrong(where, f"the grain of sector {where} is another one")
+
+    # -- space -----------------------------------------------------------------------------------
+
+    def _look_for_overlaps_and_leaks(self) -> None:
+        extent = self.extent
+        grain = extent.grain // SECTOR
+        taken = np.concatenate([*self.taken, np.zeros(0, np.uint32)])
+        taken.sort()
+        shared = int(np.count_nonzero(np.diff(taken.astype(np.int64)) < grain))
+        if shared:
+            self.report(f"ERROR: {shared} grains lie where others do")
+            self.result.corruptions += shared
+        leaked = 0
+        end = extent.header.overhead
+        starts = np.sort(np.concatenate((taken.astype(np.int64) * SECTOR, self._other_places())))
+        # Where something begins later than everything before it has ended.
+        reached = np.maximum.accumulate(np.append(end, starts + extent.grain))
+        starts = np.append(starts, extent.node.size)
+        for index in np.flatnonzero(starts - reached >= extent.grain).tolist():
+            leaked += self._give_back(round_up(int(reached[index]), SECTOR), int(starts[index]))
+        self._count_leaks(leaked)
+
+    def _other_places(self) -> Sectors:
+        """Places behind that of the first grain which hold no grains, in steps of one."""
+        extent = self.extent
+        header = extent.header
+        places = list(self.tables)
+        length = header.directory_entries * ENTRY_SIZE
+        for directory in (header.directory_offset, header.redundant_offset):
+            if directory >= header.overhead:
+                places += range(directory, directory + length, extent.grain)
+        return np.array(places, np.int64)
+
+    def _give_back(self, start: int, end: int) -> int:
+        """How many grains of this space, which nobody names, take room; they are freed if that is
+        wanted."""
+        extent = self.extent
+        grain = extent.grain
+        found = 0
+        for piece in extent.node.extents(start, end - start) if end > start else ():
+            if piece.kind == Kind.ZERO:
+                continue
+            first = max(piece.guest_offset // grain * grain, start)
+            found += -(-(piece.end - first) // grain)
+        if found and self.fix.leaks:
+            extent.node.discard(start, end - start)
+            if end == extent.node.size:
+                extent.node.truncate(start)
+                extent.space.cut(start)
+        return found
+
+    def _count_leaks(self, leaked: int) -> None:
+        if not leaked:
+            return
+        self.report(f"Leaked {leaked} grains of {self.extent.node.filename}")
+        if self.fix.leaks:
+            self.result.leaks_fixed += leaked
+        else:
+            self.result.leaks += leaked

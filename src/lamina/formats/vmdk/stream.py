@@ -1,0 +1,173 @@
+"""Stream-optimized extents in the form that is written in one pass.
+
+    header (whose directory is "at the end"), descriptor
+    for each table: its compressed grains, each behind its marker, then the table behind its own
+    the directory, the footer (a header that knows the directory), the end of the stream
+
+While such an extent is being written, its directory is in the unused space in front of the first
+grain, and the header says so: what was flushed is found whatever happens. Grains go where the
+directory at the end was. Closing writes a new end and lets the header refer to it again; an image
+that was not closed is whole, but no stream.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from lamina.engine.metadata import Stage
+from lamina.formats.vmdk.layout import (
+    AT_END,
+    DIRECTORY_FIELD,
+    ENTRY_SIZE,
+    MARKER_DIRECTORY,
+    MARKER_END,
+    MARKER_FOOTER,
+    MARKER_TABLE,
+    SparseHeader,
+    pack_marker,
+    parse_marker,
+)
+from lamina.formats.vmdk.sparse import DIRECTORY_CHUNK, SparseExtent
+from lamina.records import replace
+from lamina.units import SECTOR, round_up
+
+_PLACE = struct.Struct("<Q")
+
+
+class StreamExtent(SparseExtent):
+    footer: bool
+    """The header leaves it to the footer to name the directory."""
+
+    def __init__(self, *args: object, footer: bool, **options: object) -> None:
+        self.footer = footer
+        self._open: dict[int, bytearray] = {}
+        """Tables by number that have no place yet: it will be behind their grains."""
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+
+    # -- tables without a place ------------------------------------------------------------------
+
+    def table(self, number: int) -> bytearray | None:
+        return self._open.get(number) or super().table(number)
+
+    def cached_table(self, number: int) -> bytearray | None:
+        return self._open.get(number) or super().cached_table(number)
+
+    def need_table(self, number: int) -> None:
+        if number in self._open or self.table_offset(number):
+            return
+        self.place_tables()
+        self._open[number] = bytearray(self.header.table_bytes)
+
+    def set_entries(self, first: int, sectors: Sequence[int]) -> None:
+        number, index = divmod(first, self.header.table_entries)
+        table = self._open.get(number)
+        if table is None:
+            super().set_entries(first, sectors)
+        else:
+            struct.pack_into(f"<{len(sectors)}I", table, ENTRY_SIZE * index, *sectors)
+
+    def place_tables(self) -> None:
+        """Put the tables that are open behind the grains that are there so far."""
+        header = self.header
+        for number in list(self._open):
+            size = round_up(header.table_bytes, SECTOR)
+            place = self.space.append(SECTOR + size, SECTOR)
+            self.metadata.put(Stage.TABLES, place, pack_marker(MARKER_TABLE, size), node=self.node)
+            place += SECTOR
+            self._name_table(header.directory_offset, number, place)
+            self.tables.new(place, self._open.pop(number))
+
+    # -- the end of the stream -------------------------------------------------------------------
+
+    @property
+    def _directory_bytes(self) -> int:
+        return round_up(self.header.directory_entries * ENTRY_SIZE, SECTOR)
+
+    def begin(self) -> None:
+        """Before the first grain is written."""
+        if not self.footer:
+            return
+        header = self.header
+        old = header.directory_offset
+        spare = spare_directory(header)
+        if spare and self._nothing_before(header.overhead):
+            self.node.writev([(spare, self._whole_directory())])
+            self.node.flush()
+            end = old
+            marker = parse_marker(self.node.read(old - SECTOR, SECTOR))
+            if (marker.size, marker.kind) == (0, MARKER_DIRECTORY) and old > header.overhead:
+                end -= SECTOR
+        else:
+            spare, end = old, old + self._directory_bytes
+        self._point(spare)
+        self._use_directory(spare)
+        self.footer = False
+        self.space.end = end
+        # The old end is still there, whose bytes are no zeroes.
+        self.space.touched = max(self.node.size, end)
+
+    def finish(self) -> None:
+        """A new end, once everything is written."""
+        if self.footer:
+            return
+        self.place_tables()
+        end = self.space.end
+        if self.node.size > end:
+            self.metadata.commit()
+            self.metadata.barrier()
+            self.node.truncate(end)
+        place = end + SECTOR
+        directory = self._whole_directory()
+        header = replace(self.header, directory_offset=place)
+        self.metadata.put(Stage.TABLES, end, trailer(header, directory), node=self.node)
+        self.metadata.put(Stage.ROOTS, DIRECTORY_FIELD, _PLACE.pack(AT_END), node=self.node)
+        self.metadata.commit()
+        self.metadata.barrier()
+        self._use_directory(place)
+        self.footer = True
+        self.space.end = self.node.size
+
+    def _nothing_before(self, offset: int) -> bool:
+        """No table and no directory lies in front of this."""
+        if self.header.directory_offset < offset:
+            return False
+        directory = memoryview(self._whole_directory()).cast("I")
+        # Sectors of 0 name nothing. On a big-endian machine this refuses more than it must.
+        return not any(0 < sector < offset // SECTOR for sector in directory)
+
+    def _whole_directory(self) -> bytearray:
+        found = bytearray(self._directory_bytes)
+        base = self.header.directory_offset
+        for number in range(0, self.header.directory_entries, DIRECTORY_CHUNK // ENTRY_SIZE):
+            chunk, length, _ = self._directory_place(base, number)
+            found[chunk - base : chunk - base + length] = self.directory.get(chunk, length)
+        return found
+
+    def _point(self, directory_offset: int) -> None:
+        self.node.writev([(DIRECTORY_FIELD, _PLACE.pack(directory_offset // SECTOR))])
+        self.node.flush()
+
+    def _use_directory(self, offset: int) -> None:
+        self.directory.drop_clean()
+        self.header = replace(self.header, directory_offset=offset)
+
+
+def spare_directory(header: SparseHeader) -> int:
+    """Where between descriptor and first grain a directory has room; 0: nowhere."""
+    offset = max(round_up(header.descriptor_offset + header.descriptor_size, SECTOR), SECTOR)
+    end = offset + header.directory_entries * ENTRY_SIZE
+    return offset if end <= header.overhead else 0
+
+
+def trailer(header: SparseHeader, directory: bytes | bytearray) -> bytes:
+    """What a stream ends with; ``header`` knows where this ``directory`` will be."""
+    return b"".join(
+        (
+            pack_marker(MARKER_DIRECTORY, len(directory)),
+            directory,
+            pack_marker(MARKER_FOOTER, SECTOR),
+            header.pack(),
+            pack_marker(MARKER_END, 0),
+        )
+    )

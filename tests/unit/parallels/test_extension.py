@@ -1,0 +1,152 @@
+"""Dirty bitmaps in the format extension, and images that have been changed by others since."""
+
+from __future__ import annotations
+
+import struct
+import uuid
+
+import pytest
+
+from lamina.block.node import NodeOptions
+from lamina.errors import ImageCorrupt, ImageUnsupported
+from lamina.testing.memory import MemoryFile
+from tests.unit.parallels.images import (
+    ALL,
+    UNIT,
+    bitmap_feature,
+    empty_image,
+    open_image,
+    verify,
+    with_extension,
+)
+
+SIZE = 64 << 10
+SECTORS = SIZE // 512
+NAME = str(uuid.UUID(bytes=bytes(range(16))))
+READ_ONLY = NodeOptions(read_only=True, filename="memory")
+
+
+def opened(content: bytes):
+    return open_image(MemoryFile(content, READ_ONLY))
+
+
+def with_bits(bits: bytes, granularity: int = 1) -> bytes:
+    content = empty_image(SIZE)
+    place = len(content) // 512
+    feature = bitmap_feature(SECTORS, [place], granularity=granularity)
+    return with_extension(content + bits.ljust(UNIT, b"\0"), feature)
+
+
+def test_bits():
+    disk = opened(with_bits(bytes([0b01100000, 0b00011100, 0, 0x40])))
+    (bitmap,) = disk.dirty_bitmaps
+    assert (bitmap.name, bitmap.granularity, bitmap.enabled) == (NAME, 512, False)
+    assert list(bitmap.ranges()) == [(5 * 512, 1024), (10 * 512, 1536), (30 * 512, 512)]
+    assert disk.info().specific == {"bitmaps": [{"name": NAME, "granularity": 512}]}
+
+
+@pytest.mark.parametrize(("place", "dirty"), [(0, []), (1, [(0, SIZE)])])
+def test_all_alike(place, dirty):
+    content = with_extension(empty_image(SIZE), bitmap_feature(SECTORS, [place], granularity=1))
+    (bitmap,) = opened(content).dirty_bitmaps
+    assert list(bitmap.ranges()) == dirty
+
+
+def test_its_clusters_are_in_use():
+    content = with_bits(b"\xff")
+    assert verify(content)[1] == []
+    result, _, after = verify(content + bytes(UNIT), ALL)
+    assert result.leaks_fixed == 1
+    assert after == content
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        (bitmap_feature(5, [0]), "Bitmap size (in sectors) 5 differs from disk size in sectors"),
+        (bitmap_feature(SECTORS, [0], granularity=3), "Bitmap granularity 3 is not a power of two"),
+        (bitmap_feature(SECTORS, [0], granularity=0), "Bitmap granularity 0 is not a power of two"),
+        (bitmap_feature(SECTORS, [0, 0]), "Bitmap has 2 entries, and needs 1"),
+        (struct.pack("<QQII", 0x20385FAE252CB34A, 0, 5, 0) + bytes(8), "Dirty bitmap is too short"),
+        (struct.pack("<QQII", 7, 0, 1 << 31, 0), "Feature of Format Extension ends behind its end"),
+    ],
+)
+def test_damaged_features(feature, message):
+    content = with_extension(empty_image(SIZE), feature)
+    with pytest.raises(ImageCorrupt) as caught:
+        opened(content)
+    assert str(caught.value).startswith(message)
+    assert caught.value.structure == "format extension"
+    # A check goes on, and gets rid of it.
+    result, lines, after = verify(content, ALL)
+    assert lines[0] == f"Repairing {caught.value}"
+    assert result.corruptions_fixed == 1
+    assert opened(after).dirty_bitmaps == []
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (0, "Wrong parallels Format Extension magic: 0x"),
+        (8, "Wrong checksum in Format Extension header. Format extension is corrupted."),
+        (200, "Wrong checksum in Format Extension header. Format extension is corrupted."),
+    ],
+)
+def test_damaged_clusters(at, message):
+    content = bytearray(with_bits(b""))
+    content[len(content) - UNIT + at] ^= 1
+    with pytest.raises(ImageCorrupt) as caught:
+        opened(bytes(content))
+    assert str(caught.value).startswith(message)
+
+
+def test_behind_the_end():
+    content = bytearray(with_bits(b""))
+    struct.pack_into("<Q", content, 56, 1 << 40)
+    with pytest.raises(ImageCorrupt, match="Format Extension lies behind the end of the image"):
+        opened(bytes(content))
+    far = with_extension(empty_image(SIZE), bitmap_feature(SECTORS, [1 << 40], granularity=1))
+    (bitmap,) = opened(far).dirty_bitmaps
+    with pytest.raises(ImageCorrupt, match="Bits of a bitmap lie behind the end of the image"):
+        list(bitmap.ranges())
+
+
+@pytest.mark.parametrize("in_use", [0, 0x746F6E59, 5])
+def test_whoever_did_not_know_of_it(in_use):
+    content = bytearray(with_bits(b"\xff"))
+    struct.pack_into("<I", content, 44, in_use)
+    disk = opened(bytes(content))
+    assert disk.dirty_bitmaps == []
+    assert disk.context.warnings == ["warning: Format Extension is out of date and is ignored"]
+
+
+def test_writing_drops_it():
+    file = MemoryFile(with_bits(b"\xff"))
+    disk = open_image(file)
+    assert disk.context.warnings == ["warning: Format Extension ignored in RW mode"]
+    assert disk.dirty_bitmaps == []
+    disk.read(0, SIZE)
+    disk.close()
+    assert file.content == with_bits(b"\xff")
+    disk = open_image(file)
+    disk.write(0, b"x")
+    disk.close()
+    assert struct.unpack_from("<Q", file.content, 56) == (0,)
+    assert opened(bytes(file.content)).dirty_bitmaps == []
+    assert verify(bytes(file.content))[1] == []
+
+
+def test_unknown_features():
+    for flags in (0, 2):
+        content = with_extension(
+            empty_image(SIZE), bitmap_feature(1, [0], magic=0x1234, flags=flags)
+        )
+        assert opened(content).dirty_bitmaps == []
+        open_image(MemoryFile(content)).close()
+    necessary = with_extension(empty_image(SIZE), bitmap_feature(1, [0], magic=0x1234, flags=1))
+    disk = opened(necessary)
+    assert disk.read(0, 512) == bytes(512)
+    with pytest.raises(ImageUnsupported, match="must know to change it"):
+        open_image(MemoryFile(necessary))
+    with pytest.raises(ImageUnsupported, match="must know to change it"):
+        disk.reopen(read_only=False)

@@ -1,0 +1,68 @@
+"""Parallels images beside the model disk: of both magics, with odd clusters, set aside or not."""
+
+from __future__ import annotations
+
+from lamina.testing.memory import MemoryFile
+from lamina.testing.model import ImageMaker, model_test
+from tests.unit.parallels.images import empty_image, open_image, verify
+
+SIZE = 100 << 10
+
+
+class Images(ImageMaker):
+    unit = 1024
+    by_cluster = True
+    prealloc = 0
+    data_start: int | None = None
+
+    def make(self, size, backing):
+        image = empty_image(
+            size, self.unit, by_cluster=self.by_cluster, data_start=self.data_start
+        )
+        self.file = MemoryFile(image)
+        self.backing = backing
+        return open_image(self.file, backing, prealloc=self.prealloc)
+
+    def reopen(self, node):
+        node.close()
+        self.file = MemoryFile(self.file.content)
+        self.sound(bytes(self.file.content))
+        return open_image(self.file, self.backing, prealloc=self.prealloc)
+
+    def check(self, node, content):
+        """After the last flush, before the end: nothing but space set aside may be wrong."""
+        result, lines, _ = verify(bytes(self.file.content))
+        assert result.corruptions - ("ERROR image was not closed correctly" in lines) == 0
+
+    def finish(self, node):
+        node.close()
+        self.sound(bytes(self.file.content))
+
+    def sound(self, content):
+        result, lines, _ = verify(content)
+        assert (result.corruptions, result.leaks, lines) == (0, 0, [])
+
+
+class Sectors(Images):
+    unit = 1536
+    by_cluster = False
+    prealloc = 5000
+
+
+class OldSectors(Images):
+    """As the first programs made them: data follows the table, wherever that ends."""
+
+    unit = 63 * 512
+    by_cluster = False
+    data_start = 0
+
+
+TestClusters = model_test(
+    Images, size=SIZE, unit=1024, resizable=False, examples=12, steps=15
+)
+TestSectors = model_test(
+    Sectors, size=SIZE, unit=1536, resizable=False, examples=10, steps=15
+)
+TestOldSectors = model_test(
+    OldSectors, size=SIZE, unit=63 * 512, resizable=False, examples=6, steps=15
+)
