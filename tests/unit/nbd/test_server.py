@@ -401,8 +401,7 @@ def test_half_open_handshakes_keep_nobody_out(tmp_path: Path) -> None:
         silent = [one.connect() for _ in range(300)]
         client = Client(one)
         assert client.ask(read(0, 512)) == [0]
-        assert one.server is not None
-        assert one.server.connections < 200
+        eventually(lambda: one.server is not None and one.server.connections < 140)
         for connection in silent:
             connection.close()
         client.close()
