@@ -26,6 +26,7 @@ _FORMATS = {
     "vdi": "lamina.formats.vdi:DRIVER",
     "vhdx": "lamina.formats.vhdx:DRIVER",
     "vmdk": "lamina.formats.vmdk:DRIVER",
+    "vpc": "lamina.formats.vpc:DRIVER",
 }
 
 _PROTOCOLS = {
