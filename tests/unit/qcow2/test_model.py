@@ -1,5 +1,5 @@
-"""The model disk drives qcow2: every combination of features reads as a bytearray would, whatever is
-done to the image, and stays whole."""
+"""The model disk drives qcow2: every combination of features reads as a bytearray would, whatever
+is done to the image, and stays whole."""
 
 from __future__ import annotations
 
