@@ -75,6 +75,7 @@ def inet(host: str, port: str = "10809") -> dict[str, str]:
             },
         ),
         ("nbds+unix:///?socket=/s&tls-type=psk", {**UNIX, "tls": True, "tls-type": "psk"}),
+        ("nbds+unix://bob@/?socket=/s", {**UNIX, "tls": True, "tls-username": "bob"}),
     ],
 )
 def test_names(name: str, options: dict[str, Any]) -> None:
@@ -95,6 +96,8 @@ def test_names(name: str, options: dict[str, Any]) -> None:
         ("nbd+unix:///x", "No valid URL specified"),
         ("nbd+unix://h/x?socket=/s", "No valid URL specified"),
         ("nbd+unix:///x?socket=/s&tls-type=psk", "No valid URL specified"),
+        ("nbd+unix://bob@/x?socket=/s", "No valid URL specified"),
+        ("nbds+unix://bob@h/x?socket=/s", "No valid URL specified"),
     ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:
