@@ -86,6 +86,15 @@ class Workbench:
 
         return self.image(name, maker)
 
+    def dmg(self) -> Path:
+        """The raw image in zlib chunks of 256 KiB, zeroes left out."""
+
+        def maker(path: Path) -> None:
+            command = [sys.executable, "-m", "bench.dmg", str(self.raw()), str(path)]
+            subprocess.run(command, check=True)
+
+        return self.image("data.dmg", maker)
+
     def tables(self, name: str, *, shuffled: bool) -> Path:
         def maker(path: Path) -> None:
             # In a process of its own: what this one needs would count as memory of its children.
@@ -121,6 +130,9 @@ CONVERSIONS = [
     ("compare", 1.0),
     ("raw-qed", 1.0),
     ("qed-raw", 1.0),
+    ("raw-parallels", 1.0),
+    ("parallels-raw", 1.0),
+    ("dmg-raw", 1.3),
 ]
 TABLES = [
     ("check-full", 3.0),
@@ -151,8 +163,11 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw"):
+    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw"):
         return _other_format(bench, name, goal)
+    if name == "dmg-raw":
+        words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
+        return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
     source, options = {
         "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
         "raw-raw-dense": (lambda: ["-f", "raw", str(bench.dense())], ["-O", "raw"]),

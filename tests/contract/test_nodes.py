@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from tests.unit.nbd.serving import Serving
 
 from lamina.block.creation import create_image
 from lamina.block.node import Node, NodeOptions
 from lamina.block.opening import open_node
 from lamina.block.session import Session
+from lamina.protocols.nbd import connecting
+from lamina.records import replace
 from lamina.testing.conformance import SIZE, NodeConformance
+from lamina.wire.nbd.agreement import Agreement, Style
+from lamina.wire.nbd.negotiation_client import Wish, negotiate
+from lamina.wire.nbd.steps import Negotiation
 
 
 class OnFile(NodeConformance):
@@ -182,6 +188,53 @@ class TestVdi(OnImage):
 class TestStaticVdi(OnImage):
     format = "vdi"
     creation = {"static": "on"}
+
+
+class TestNbd(NodeConformance):
+    """A raw file behind a server of ours."""
+
+    resizes = False
+    discards_to_zero = True
+    style: ClassVar[Style] = Style.EXTENDED
+    block: ClassVar[int] = 1
+
+    @pytest.fixture(autouse=True)
+    def _served(self, _own_directory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        def no_higher(wish: Wish) -> Negotiation[Agreement]:
+            return negotiate(replace(wish, highest=self.style))
+
+        monkeypatch.setattr(connecting, "negotiate", no_higher)
+        self._servers: list[Serving] = []
+        yield
+        for node in self._open:
+            node.close()
+        for one in self._servers:
+            one.stop()
+
+    def make(self, size: int) -> Node:
+        path = self.path / str(len(self._servers))
+        path.mkdir()
+        one = Serving(path, size=size)
+        one.start(block=self.block)
+        self._servers.append(one)
+        return self.open(one)
+
+    def open(self, one: Serving) -> Node:
+        defaults = NodeOptions(read_only=False, unmap=True)
+        return open_node(one.options, session=Session(), defaults=defaults, protocol=True)
+
+    def reopen(self, node: Node) -> Node:
+        node.close()
+        return self.open(self._servers[-1])
+
+
+class TestNbdWithSimpleReplies(TestNbd):
+    style = Style.SIMPLE
+
+
+class TestNbdWithLargeBlocks(TestNbd):
+    style = Style.STRUCTURED
+    block = 4096
 
 
 @pytest.mark.skipif(

@@ -14,8 +14,6 @@ torn between sectors. ``power_cuts`` plays them all:
         disk = open_disk(MemoryFile(cut.content))
         cut.verify(disk.read(0, disk.size))
 
-An image of two files has a ``CrashFile`` ``beside`` the other: one journal, a flush for each.
-
 ``cut.verify`` knows what the guest may expect: what was flushed is there, byte for byte, except
 where later requests were under way; those bytes are old or new, and nothing else.
 """
@@ -44,11 +42,11 @@ class Step(NamedTuple):
     """Of the write; or the new length."""
     data: bytes | None
     file: int = 0
-    """Which file: 1 is the one beside the first."""
+    """Which of the files that share the journal."""
 
 
 class Flush:
-    """The other kind of entry: what was written to this file before is durable."""
+    """Another kind of entry: what was written to this file before is durable."""
 
     def __init__(self, file: int) -> None:
         self.file = file
@@ -60,14 +58,22 @@ class Flush:
 class CrashFile(MemoryFile):
     """A memory file that records what reaches storage, and when it was flushed."""
 
-    def __init__(self, content: bytes = b"", *, main: CrashFile | None = None) -> None:
-        """``main``: the file that this one lies beside."""
-        super().__init__(content, NodeOptions(read_only=False, unmap=True, filename="memory"))
-        self.journal: list[Step | Flush] = [] if main is None else main.journal
-        self.number = 0 if main is None else 1
+    def __init__(
+        self,
+        content: bytes = b"",
+        *,
+        number: int = 0,
+        journal: list[Step | Flush] | None = None,
+        options: NodeOptions | None = None,
+    ) -> None:
+        """Several files may share a ``journal``, each under a ``number`` of its own."""
+        super().__init__(
+            content, options or NodeOptions(read_only=False, unmap=True, filename="memory")
+        )
+        self.number = number
         self.beside: CrashFile | None = None
-        if main is not None:
-            main.beside = self
+        """The second file of an image of two."""
+        self.journal: list[Step | Flush] = [] if journal is None else journal
 
     def _store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         super()._store(offset, data)
@@ -146,15 +152,23 @@ class GuestLog:
 
 
 class PowerCut(NamedTuple):
-    """One possible state of the file."""
+    """One possible state of the file, or files."""
 
     at: int
     """So many entries of the journal had begun."""
     outcome: str
-    content: bytes
+    contents: list[bytes]
     guest: GuestLog
-    beside: bytes = b""
-    """The content of the second file."""
+
+    @property
+    def content(self) -> bytes:
+        """Of the first file."""
+        return self.contents[0]
+
+    @property
+    def beside(self) -> bytes:
+        """Of the second file."""
+        return self.contents[1]
 
     def verify(self, found: bytes) -> None:
         """``found``, the guest's disk as it reads now, is allowed. Raises AssertionError."""
@@ -196,23 +210,44 @@ def power_cuts(
     how many random outcomes each moment gets beside the systematic ones. ``beside``: the content of
     a second file, which the workload finds as ``file.beside``.
     """
-    file = CrashFile(initial)
-    if beside is not None:
-        CrashFile(beside, main=file)
-    guest = GuestLog(file, guest_content)
-    workload(file, guest)
+
+    def work(files: list[CrashFile], guest: GuestLog) -> None:
+        files[0].beside = files[1] if len(files) > 1 else None
+        workload(files[0], guest)
+
+    yield from power_cuts_of_files(
+        work,
+        initial=[initial] if beside is None else [initial, beside],
+        guest_content=guest_content,
+        seed=seed,
+        subsets=subsets,
+    )
+
+
+def power_cuts_of_files(
+    workload: Callable[[list[CrashFile], GuestLog], None],
+    *,
+    initial: Sequence[bytes],
+    guest_content: bytes,
+    seed: int = 0,
+    subsets: int = 2,
+) -> Iterator[PowerCut]:
+    """The same for an image of several files: a flush of one says nothing of the others."""
+    journal: list[Step | Flush] = []
+    files = [
+        CrashFile(content, number=number, journal=journal)
+        for number, content in enumerate(initial)
+    ]
+    guest = GuestLog(files[0], guest_content)
+    workload(files, guest)
     rng = random.Random(seed)
-    durable = (bytearray(initial), bytearray(beside or b""))
+    durable = [bytearray(content) for content in initial]
     pending: list[Step] = []
-
-    def cut(at: int, outcome: str, steps: Sequence[Step]) -> PowerCut:
-        content, other = _apply(durable, steps)
-        return PowerCut(at, outcome, content, guest, other)
-
-    for at, entry in enumerate([*file.journal, Flush(0)]):
+    everything = [Flush(number) for number in range(len(files))]
+    for at, entry in enumerate([*journal, *everything]):
         if isinstance(entry, Flush):
             for outcome, steps in _outcomes(pending, rng, subsets):
-                yield cut(at, outcome, steps)
+                yield PowerCut(at, outcome, _apply(durable, steps), guest)
             for step in pending:
                 if step.file == entry.file:
                     _carry_out(durable[step.file], step)
@@ -222,7 +257,7 @@ def power_cuts(
         # Dropping everything is the same state until the next flush.
         for outcome, steps in _outcomes(pending, rng, subsets if len(pending) > 1 else 0):
             if outcome != "nothing kept":
-                yield cut(at + 1, outcome, steps)
+                yield PowerCut(at + 1, outcome, _apply(durable, steps), guest)
 
 
 def _outcomes(
@@ -258,17 +293,17 @@ def _torn(step: Step, rng: random.Random) -> list[Step]:
     while start < end:
         stop = min(start // SECTOR * SECTOR + SECTOR, end)
         if rng.random() < 0.5:
-            part = step.data[start - step.offset : stop - step.offset]
-            parts.append(Step(start, part, step.file))
+            data = step.data[start - step.offset : stop - step.offset]
+            parts.append(Step(start, data, step.file))
         start = stop
     return parts
 
 
-def _apply(durable: tuple[bytearray, bytearray], steps: Sequence[Step]) -> tuple[bytes, bytes]:
-    contents = (bytearray(durable[0]), bytearray(durable[1]))
+def _apply(durable: Sequence[bytearray], steps: Sequence[Step]) -> list[bytes]:
+    contents = [bytearray(content) for content in durable]
     for step in steps:
         _carry_out(contents[step.file], step)
-    return bytes(contents[0]), bytes(contents[1])
+    return [bytes(content) for content in contents]
 
 
 def _carry_out(content: bytearray, step: Step) -> None:

@@ -312,9 +312,6 @@ class Qcow2Mapping(Mapping):
         resize(self, size, preallocation)
 
     def uses_more_than(self, length: int) -> bool:
-        if self.space.external:
-            # The file is all metadata, and that is really there.
-            return False
         return self.refcounts.uses_more_than(length // self.header.cluster_size)
 
     def info(self) -> NodeInfo:
