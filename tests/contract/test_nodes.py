@@ -181,6 +181,23 @@ class TestQed(OnImage):
     shrinks = False
 
 
+class TestQcow2Subclusters(OnImage):
+    format = "qcow2"
+    creation = {"extended_l2": "on", "cluster_size": "16k"}
+
+
+class TestQcow2DataFile(OnImage):
+    format = "qcow2"
+
+    def make(self, size: int) -> Node:
+        self.creation = {**self.creation, "data_file": str(self.path / "data")}
+        return super().make(size)
+
+
+class TestQcow2RawDataFile(TestQcow2DataFile):
+    creation = {"extended_l2": "on", "data_file_raw": "on", "cluster_size": "16k"}
+
+
 class TestVdi(OnImage):
     format = "vdi"
 

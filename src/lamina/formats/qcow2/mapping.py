@@ -195,10 +195,7 @@ class Qcow2Mapping(Mapping):
 
     @property
     def vmstate_offset(self) -> int:  # type: ignore[override]
-        """Behind the last guest address that the L2 tables of the disk cover. A data file has no
-        place for VM state, as it has none for snapshots."""
-        if self.space.external:
-            return 0
+        """Behind the last guest address that the L2 tables of the disk cover."""
         per_table = self.header.l2_entries << self.cluster_bits
         return -(-self.header.size // per_table) * per_table
 
