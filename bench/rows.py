@@ -113,6 +113,8 @@ def rows(bench: Workbench) -> Iterator[Callable[[], Row]]:
         yield lambda name=name, goal=goal: _tables(bench, name, goal)
     for name, goal in REQUESTS:
         yield lambda name=name, goal=goal: _requests(bench, name, goal)
+    for name, goal in NETWORK:
+        yield lambda name=name, goal=goal: _network(bench, name, goal)
     for name, goal in SMALL:
         yield lambda name=name, goal=goal: _small(bench, name, goal)
 
@@ -150,9 +152,19 @@ REQUESTS = [
     ("bench-qcow2-read-64", 1.0),
     ("bench-qcow2-write-64", 1.0),
 ]
+NETWORK = [
+    ("nbd-raw-read-1", 1.3),
+    ("nbd-raw-read-32", 1.2),
+    ("nbd-raw-write-32", 1.2),
+    ("nbd-raw-sequential", 1.2),
+    ("nbd-qcow2-read-32", 1.5),
+    ("nbd-qcow2-write-32", 1.3),
+    ("nbd-copy", 1.0),
+]
+"""Our server against nbdkit (raw) and qemu-nbd (qcow2), our client against nbdcopy."""
 SMALL = [("info", 0.25), ("create", 0.25)]
 """Against ``python -c pass``: at most four times as long."""
-NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *SMALL)]
+NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *NETWORK, *SMALL)]
 
 
 def _conversion(bench: Workbench, name: str, goal: float) -> Row:
@@ -217,6 +229,22 @@ def _requests(bench: Workbench, name: str, goal: float) -> Row:
     words += ["-w", "--pattern", "65"] if kind == "write" else []
     theirs = [THEIRS, *words, "-i", "io_uring", str(image)]
     return Row(name, goal, [OURS, *words, str(image)], theirs)
+
+
+def _network(bench: Workbench, name: str, goal: float) -> Row:
+    _, format, *load = name.split("-")
+    runner = [sys.executable, "-m", "bench.nbd"]
+    if format == "copy":
+        target = bench.directory / "target"
+        server = [*runner, "qemu-nbd", "raw", str(bench.dense())]
+        ours, theirs = ([*server, tool, str(target)] for tool in ("lamina-img", "nbdcopy"))
+        return Row(name, goal, ours, theirs, target)
+    image, peer = bench.dense(), "nbdkit"
+    if format == "qcow2":
+        image = bench.converted("dense.qcow2", "-O", "qcow2", source=bench.dense())
+        peer = "qemu-nbd"
+    words = [format, str(image), "-".join(load)]
+    return Row(name, goal, [*runner, "lamina-nbd", *words], [*runner, peer, *words])
 
 
 def _small(bench: Workbench, name: str, goal: float) -> Row:
