@@ -135,6 +135,10 @@ CONVERSIONS = [
     ("raw-parallels", 1.0),
     ("parallels-raw", 1.0),
     ("dmg-raw", 1.3),
+    ("raw-vmdk", 1.0),
+    ("vmdk-raw", 1.0),
+    ("raw-vmdk-stream", 1.0),
+    ("vmdk-stream-raw", 1.0),
 ]
 TABLES = [
     ("check-full", 3.0),
@@ -175,11 +179,12 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw"):
+    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw", "raw-vmdk", "vmdk-raw"):
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
         return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
+    stream = ["-O", "vmdk", "-o", "subformat=streamOptimized"]
     source, options = {
         "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
         "raw-raw-dense": (lambda: ["-f", "raw", str(bench.dense())], ["-O", "raw"]),
@@ -190,8 +195,12 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         "compress-zstd": (lambda: ["-f", "raw", str(bench.raw())], zstd),
         "decompress-zlib": (lambda: [str(bench.converted("z.qcow2", *zlib))], ["-O", "raw"]),
         "decompress-zstd": (lambda: [str(bench.converted("zs.qcow2", *zstd))], ["-O", "raw"]),
+        "raw-vmdk-stream": (lambda: ["-f", "raw", str(bench.raw())], stream),
+        "vmdk-stream-raw": (lambda: [str(bench.converted("s.vmdk", *stream))], ["-O", "raw"]),
     }[name]
-    words = ["convert", "-W", "-m", "16", *options, *source(), str(target)]
+    # QEMU can write a stream in order only.
+    parallel = [] if name == "raw-vmdk-stream" else ["-W", "-m", "16"]
+    words = ["convert", *parallel, *options, *source(), str(target)]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
 
 

@@ -254,6 +254,41 @@ class TestNbdWithLargeBlocks(TestNbd):
     block = 4096
 
 
+class TestVmdk(OnImage):
+    format = "vmdk"
+    discards_to_zero = True
+    discard_unit = 65536
+
+
+class TestVmdkWithZeroedGrains(TestVmdk):
+    creation = {"zeroed_grain": "on"}
+
+
+class TestFlatVmdk(OnImage):
+    format = "vmdk"
+    creation = {"subformat": "monolithicFlat"}
+
+
+class TestSplitVmdk(TestVmdk):
+    creation = {"subformat": "twoGbMaxExtentSparse"}
+
+
+class TestVmdkOfTwoExtents(TestVmdk):
+    """Cut in the middle, so that most requests meet the seam."""
+
+    def make(self, size: int) -> Node:
+        for name, length in (("one", size // 2), ("two", size - size // 2)):
+            extent = str(self.path / name)
+            create_image(extent, "vmdk", session=Session(), size=length)
+        lines = [
+            f'RW {length // 512} SPARSE "{name}"'
+            for name, length in (("one", size // 2), ("two", size - size // 2))
+        ]
+        text = 'version=1\nCID=1\nparentCID=ffffffff\ncreateType="twoGbMaxExtentSparse"\n'
+        (self.path / "disk").write_text(text + "\n".join(lines) + "\n")
+        return self.open()
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("losetup") is None,
     reason="needs root and losetup",

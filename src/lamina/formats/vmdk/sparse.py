@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _ENTRY = struct.Struct("<I")
 TABLE_CACHE = 4 << 20
 """Bytes of grain tables that one extent keeps."""
+PAGE = 4096
+"""Bytes."""
 DIRECTORY_CHUNK = 64 << 10
 """Bytes of a directory that are kept as one block."""
 
@@ -385,16 +387,28 @@ class SparseExtent(GrainExtent):
             self.metadata.when_durable(lambda: self._punch(places))
 
     def _punch(self, places: list[tuple[int, int]]) -> None:
-        start = end = 0
-        for offset, length in [*sorted(places), (sys.maxsize, 0)]:
+        for offset, _ in places:
             self.tables.drop(offset)
             self.copies.drop(offset)
+        numbers = range(self.header.directory_entries)
+        used = {self.table_offset(number) for number in numbers}
+        used.update(self.copy_offset(number) for number in numbers)
+        start = end = 0
+        for offset, length in [*sorted(places), (sys.maxsize, 0)]:
             if offset != end:
-                if end > start:
-                    with suppress(LaminaError):
-                        self.node.discard(start, end - start)
+                self._discard_pages(start, end, used)
                 start = offset
             end = offset + length
+
+    def _discard_pages(self, start: int, end: int, used: set[int]) -> None:
+        """Let go of a range and, where no table that is ``used`` shares them, of the rest of the
+        pages at its ends: file systems free whole ones."""
+        low, high = round_down(start, PAGE), round_up(end, PAGE)
+        start = low if used.isdisjoint(range(low, start, SECTOR)) else start
+        end = high if used.isdisjoint(range(end, high, SECTOR)) else end
+        if end > start:
+            with suppress(LaminaError):
+                self.node.discard(start, end - start)
 
     def _covered(self, offset: int, length: int) -> Iterator[tuple[int, int, Entries | None]]:
         first = (offset - self.start) // self.grain
