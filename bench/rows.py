@@ -133,6 +133,8 @@ CONVERSIONS = [
     ("raw-parallels", 1.0),
     ("parallels-raw", 1.0),
     ("dmg-raw", 1.3),
+    ("raw-vhdx", 1.0),
+    ("vhdx-raw", 1.0),
 ]
 TABLES = [
     ("check-full", 3.0),
