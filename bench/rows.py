@@ -165,7 +165,7 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw"):
+    if {"qed", "parallels", "vhdx"} & set(name.split("-")):
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
