@@ -139,7 +139,10 @@ CONVERSIONS = [
     ("vmdk-raw", 1.0),
     ("raw-vmdk-stream", 1.0),
     ("vmdk-stream-raw", 1.0),
+    ("raw-vhdx", 1.0),
+    ("vhdx-raw", 1.0),
 ]
+OTHER_FORMATS = {"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"}
 TABLES = [
     ("check-full", 3.0),
     ("check-fragmented", 8.0),
@@ -179,7 +182,7 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw", "raw-vmdk", "vmdk-raw"):
+    if name.count("-") == 1 and OTHER_FORMATS & set(name.split("-")):
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
@@ -210,7 +213,7 @@ def _other_format(bench: Workbench, name: str, goal: float) -> Row:
     if source != "raw":
         image = bench.converted(f"data.{source}", "-O", source)
     path = bench.directory / "target"
-    words = ["convert", "-f", source, "-O", target, str(image), str(path)]
+    words = ["convert", "-W", "-m", "16", "-f", source, "-O", target, str(image), str(path)]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], path)
 
 

@@ -40,7 +40,11 @@ READABLE = NodeOptions(read_only=True, filename="memory")
         (56, struct.pack("<Q", 1 << 50), "Grain directory lies outside of the image"),
         (56, bytes(8), "Grain directory lies outside of the image"),
         (56, b"\xff" * 8, "Invalid footer"),
-        (64, struct.pack("<Q", 1 << 40), "File truncated, expecting at least 562949953421312 bytes"),
+        (
+            64,
+            struct.pack("<Q", 1 << 40),
+            "File truncated, expecting at least 562949953421312 bytes",
+        ),
         (73, b"\r\n", "The image was damaged by a transfer in text mode"),
         (8, struct.pack("<I", 0x10003), "Unsupported compression algorithm 0"),
         (512, b"\0", "invalid VMDK image descriptor"),
