@@ -175,6 +175,21 @@ class OnImage(OnFile):
         return open_node(given, session=Session(), defaults=defaults)
 
 
+class TestParallels(OnImage):
+    format = "parallels"
+    creation = {"cluster_size": "4k"}
+    resizes = False
+    discards_to_zero = True
+
+
+class TestParallelsWithOddClusters(OnImage):
+    format = "parallels"
+    creation = {"cluster_size": "63k"}
+    resizes = False
+    discards_to_zero = True
+    discard_unit = 63 << 10
+
+
 class TestQed(OnImage):
     format = "qed"
     creation = {"cluster_size": "4k", "table_size": "1"}
