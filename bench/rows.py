@@ -133,6 +133,10 @@ CONVERSIONS = [
     ("raw-parallels", 1.0),
     ("parallels-raw", 1.0),
     ("dmg-raw", 1.3),
+    ("raw-vdi", 1.0),
+    ("vdi-raw", 1.0),
+    ("raw-vpc", 1.0),
+    ("vpc-raw", 1.0),
 ]
 TABLES = [
     ("check-full", 3.0),
@@ -163,7 +167,8 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw"):
+    other = name.removeprefix("raw-").removesuffix("-raw")
+    if other in ("parallels", "qed", "vdi", "vpc"):
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]

@@ -237,6 +237,26 @@ class TestNbdWithLargeBlocks(TestNbd):
     block = 4096
 
 
+class TestVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on"}
+
+
+class TestFixedVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on", "subformat": "fixed"}
+
+
+class TestDifferencingVpc(OnImage):
+    format = "vpc"
+
+    def make(self, size: int) -> Node:
+        base, name = str(self.path / "base"), str(self.path / "disk")
+        create_image(base, "vpc", session=Session(), options={"force_size": "on"}, size=size)
+        create_image(name, "vpc", session=Session(), backing_file="base", backing_format="vpc")
+        return self.open()
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("losetup") is None,
     reason="needs root and losetup",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lamina
 
-FORMATS = ["raw", "qcow2", "qcow", "qed", "vdi"]
+FORMATS = ["raw", "qcow2", "qcow", "qed", "vdi", "vpc"]
 SECONDS = 2.0
 """Of processor time: one is the aim, and some machines are slow."""
 
