@@ -82,7 +82,7 @@ def _prepare_to_grow(mapping: DynamicMapping, blocks: int) -> None:
     metadata.commit()
     length = round_up(4 * blocks, SECTOR)
     place, _ = mapping.appender.take(length, SECTOR)
-    mapping.appender.grow()
+    mapping.appender.reach(mapping.appender.end)
     write_free(file, place, place + length)
     for first, entries in table.runs(0, header.max_table_entries):
         if sys.byteorder == "little":
