@@ -141,6 +141,10 @@ CONVERSIONS = [
     ("vmdk-stream-raw", 1.0),
     ("raw-vhdx", 1.0),
     ("vhdx-raw", 1.0),
+    ("raw-vdi", 1.0),
+    ("vdi-raw", 1.0),
+    ("raw-vpc", 1.0),
+    ("vpc-raw", 1.0),
 ]
 OTHER_FORMATS = {"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"}
 TABLES = [
@@ -182,7 +186,8 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name.count("-") == 1 and OTHER_FORMATS & set(name.split("-")):
+    other = name.removeprefix("raw-").removesuffix("-raw")
+    if other in OTHER_FORMATS:
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]

@@ -19,7 +19,10 @@ from tests.unit.dmg.images import pack as pack_dmg
 from tests.unit.test_bochs import redolog
 from tests.unit.test_cloop import pack as pack_cloop
 
-FORMATS = ["raw", "qcow2", "qcow", "qed", "vdi", "vmdk", "parallels", "bochs", "cloop", "dmg"]
+FORMATS = [
+    *("raw", "qcow2", "qcow", "qed", "vdi", "vmdk", "vpc", "parallels"),
+    *("bochs", "cloop", "dmg"),
+]
 READ_ONLY = {"bochs": redolog, "cloop": pack_cloop, "dmg": pack_dmg}
 """Formats that we make no images of, and what makes one out of the content of a disk."""
 SECONDS = 2.0

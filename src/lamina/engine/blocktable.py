@@ -229,7 +229,6 @@ class BlockMapping(Mapping):
         try:
             for offset, length in ranges:
                 self._reserve_range(reservation, offset, offset + length)
-            reservation.settle()
         except BaseException:
             reservation.abort()
             raise
@@ -313,13 +312,14 @@ class BlockReservation(Reservation):
         self._new.append((block, offset + mapping.prefix))
         return offset + mapping.prefix, untouched
 
-    def settle(self) -> None:
-        """All blocks are taken. Raises StorageError."""
-        if self._new:
-            self._mapping.appender.grow()
-
     def commit(self) -> None:
         mapping = self._mapping
+        if self._new:
+            try:
+                mapping.appender.reach(self._end)
+            except BaseException:
+                self.abort()
+                raise
         for block, place in self._new:
             mapping.table[block] = (place - mapping.base) // mapping.scale
             mapping.added(block, place)

@@ -312,11 +312,11 @@ class Qcow2Mapping(Mapping):
         return self.refcounts.uses_more_than(length // self.header.cluster_size)
 
     def info(self) -> NodeInfo:
-        from lamina.formats.qcow2.about import describe, describe_bitmaps
+        from lamina.formats.qcow2.about import describe
 
         assert self.disk is not None
         entries = self.bitmaps.entries if self.has_bitmaps else ()
-        return describe(self.disk, self.header, self.snapshots, describe_bitmaps(entries))
+        return describe(self.disk, self.header, self.snapshots, entries)
 
     def before_first_write(self) -> None:
         from lamina.formats.qcow2.header import open_for_changes

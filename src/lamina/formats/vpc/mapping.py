@@ -302,9 +302,9 @@ class VpcReservation(BlockReservation):
         )
 
     def commit(self) -> None:
+        super().commit()
         for block, first, end in self._marks:
             self._mapping.bitmaps.mark(block, first, end)
-        super().commit()
 
     def abort(self) -> None:
         for _, place in self._new:
