@@ -86,6 +86,15 @@ class Workbench:
 
         return self.image(name, maker)
 
+    def dmg(self) -> Path:
+        """The raw image in zlib chunks of 256 KiB, zeroes left out."""
+
+        def maker(path: Path) -> None:
+            command = [sys.executable, "-m", "bench.dmg", str(self.raw()), str(path)]
+            subprocess.run(command, check=True)
+
+        return self.image("data.dmg", maker)
+
     def tables(self, name: str, *, shuffled: bool) -> Path:
         def maker(path: Path) -> None:
             # In a process of its own: what this one needs would count as memory of its children.
@@ -104,6 +113,8 @@ def rows(bench: Workbench) -> Iterator[Callable[[], Row]]:
         yield lambda name=name, goal=goal: _tables(bench, name, goal)
     for name, goal in REQUESTS:
         yield lambda name=name, goal=goal: _requests(bench, name, goal)
+    for name, goal in NETWORK:
+        yield lambda name=name, goal=goal: _network(bench, name, goal)
     for name, goal in SMALL:
         yield lambda name=name, goal=goal: _small(bench, name, goal)
 
@@ -121,11 +132,21 @@ CONVERSIONS = [
     ("compare", 1.0),
     ("raw-qed", 1.0),
     ("qed-raw", 1.0),
+    ("raw-parallels", 1.0),
+    ("parallels-raw", 1.0),
+    ("dmg-raw", 1.3),
     ("raw-vmdk", 1.0),
     ("vmdk-raw", 1.0),
     ("raw-vmdk-stream", 1.0),
     ("vmdk-stream-raw", 1.0),
+    ("raw-vhdx", 1.0),
+    ("vhdx-raw", 1.0),
+    ("raw-vdi", 1.0),
+    ("vdi-raw", 1.0),
+    ("raw-vpc", 1.0),
+    ("vpc-raw", 1.0),
 ]
+OTHER_FORMATS = {"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"}
 TABLES = [
     ("check-full", 3.0),
     ("check-fragmented", 8.0),
@@ -142,9 +163,19 @@ REQUESTS = [
     ("bench-qcow2-read-64", 1.0),
     ("bench-qcow2-write-64", 1.0),
 ]
+NETWORK = [
+    ("nbd-raw-read-1", 1.3),
+    ("nbd-raw-read-32", 1.2),
+    ("nbd-raw-write-32", 1.2),
+    ("nbd-raw-sequential", 1.2),
+    ("nbd-qcow2-read-32", 1.5),
+    ("nbd-qcow2-write-32", 1.3),
+    ("nbd-copy", 1.0),
+]
+"""Our server against nbdkit (raw) and qemu-nbd (qcow2), our client against nbdcopy."""
 SMALL = [("info", 0.25), ("create", 0.25)]
 """Against ``python -c pass``: at most four times as long."""
-NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *SMALL)]
+NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *NETWORK, *SMALL)]
 
 
 def _conversion(bench: Workbench, name: str, goal: float) -> Row:
@@ -155,8 +186,12 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-vmdk", "vmdk-raw"):
+    other = name.removeprefix("raw-").removesuffix("-raw")
+    if other in OTHER_FORMATS:
         return _other_format(bench, name, goal)
+    if name == "dmg-raw":
+        words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
+        return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
     stream = ["-O", "vmdk", "-o", "subformat=streamOptimized"]
     source, options = {
         "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
@@ -183,7 +218,7 @@ def _other_format(bench: Workbench, name: str, goal: float) -> Row:
     if source != "raw":
         image = bench.converted(f"data.{source}", "-O", source)
     path = bench.directory / "target"
-    words = ["convert", "-f", source, "-O", target, str(image), str(path)]
+    words = ["convert", "-W", "-m", "16", "-f", source, "-O", target, str(image), str(path)]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], path)
 
 
@@ -211,6 +246,22 @@ def _requests(bench: Workbench, name: str, goal: float) -> Row:
     words += ["-w", "--pattern", "65"] if kind == "write" else []
     theirs = [THEIRS, *words, "-i", "io_uring", str(image)]
     return Row(name, goal, [OURS, *words, str(image)], theirs)
+
+
+def _network(bench: Workbench, name: str, goal: float) -> Row:
+    _, format, *load = name.split("-")
+    runner = [sys.executable, "-m", "bench.nbd"]
+    if format == "copy":
+        target = bench.directory / "target"
+        server = [*runner, "qemu-nbd", "raw", str(bench.dense())]
+        ours, theirs = ([*server, tool, str(target)] for tool in ("lamina-img", "nbdcopy"))
+        return Row(name, goal, ours, theirs, target)
+    image, peer = bench.dense(), "nbdkit"
+    if format == "qcow2":
+        image = bench.converted("dense.qcow2", "-O", "qcow2", source=bench.dense())
+        peer = "qemu-nbd"
+    words = [format, str(image), "-".join(load)]
+    return Row(name, goal, [*runner, "lamina-nbd", *words], [*runner, peer, *words])
 
 
 def _small(bench: Workbench, name: str, goal: float) -> Row:

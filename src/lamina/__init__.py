@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from lamina.bitmaps import Bitmap
     from lamina.block.info import NodeInfo
     from lamina.block.policy import Policy
     from lamina.errors import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lamina.image import Image, Region
 
 __all__ = [
+    "Bitmap",
     "Busy",
     "Image",
     "ImageCorrupt",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Bitmap": "lamina.bitmaps",
     "Image": "lamina.image",
     "NodeInfo": "lamina.block.info",
     "Policy": "lamina.block.policy",

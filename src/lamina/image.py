@@ -17,6 +17,7 @@ from lamina.errors import UsageError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from lamina.bitmaps import Bitmaps
     from lamina.block.info import NodeInfo
 
 _STEP = 1 << 34
@@ -130,6 +131,13 @@ class Image:
                 last = one
         if last is not None:
             yield last
+
+    @property
+    def bitmaps(self) -> Bitmaps:
+        """The dirty bitmaps that this image keeps, by name."""
+        from lamina.bitmaps import Bitmaps
+
+        return Bitmaps(self._backend.node.unfiltered)
 
     def stream(self) -> Stream:
         """The disk as a file object: for ``shutil``, ``tarfile``, file system parsers, …

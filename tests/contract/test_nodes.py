@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from tests.unit.nbd.serving import Serving
 
 from lamina.block.creation import create_image
 from lamina.block.node import Node, NodeOptions
 from lamina.block.opening import open_node
 from lamina.block.session import Session
+from lamina.protocols.nbd import connecting
+from lamina.records import replace
 from lamina.testing.conformance import SIZE, NodeConformance
+from lamina.wire.nbd.agreement import Agreement, Style
+from lamina.wire.nbd.negotiation_client import Wish, negotiate
+from lamina.wire.nbd.steps import Negotiation
 
 
 class OnFile(NodeConformance):
@@ -169,10 +175,42 @@ class OnImage(OnFile):
         return open_node(given, session=Session(), defaults=defaults)
 
 
+class TestParallels(OnImage):
+    format = "parallels"
+    creation = {"cluster_size": "4k"}
+    resizes = False
+    discards_to_zero = True
+
+
+class TestParallelsWithOddClusters(OnImage):
+    format = "parallels"
+    creation = {"cluster_size": "63k"}
+    resizes = False
+    discards_to_zero = True
+    discard_unit = 63 << 10
+
+
 class TestQed(OnImage):
     format = "qed"
     creation = {"cluster_size": "4k", "table_size": "1"}
     shrinks = False
+
+
+class TestQcow2Subclusters(OnImage):
+    format = "qcow2"
+    creation = {"extended_l2": "on", "cluster_size": "16k"}
+
+
+class TestQcow2DataFile(OnImage):
+    format = "qcow2"
+
+    def make(self, size: int) -> Node:
+        self.creation = {**self.creation, "data_file": str(self.path / "data")}
+        return super().make(size)
+
+
+class TestQcow2RawDataFile(TestQcow2DataFile):
+    creation = {"extended_l2": "on", "data_file_raw": "on", "cluster_size": "16k"}
 
 
 class TestVdi(OnImage):
@@ -182,6 +220,74 @@ class TestVdi(OnImage):
 class TestStaticVdi(OnImage):
     format = "vdi"
     creation = {"static": "on"}
+
+
+class TestVhdx(OnImage):
+    format = "vhdx"
+    creation = {"block_size": "1M"}
+    rounds = 100
+
+
+class TestFixedVhdx(TestVhdx):
+    creation = {"block_size": "1M", "subformat": "fixed"}
+
+
+class TestDifferencingVhdx(TestVhdx):
+    """Above a parent that reads as zeroes."""
+
+    def make(self, size: int) -> Node:
+        base = str(self.path / "base")
+        create_image(base, "vhdx", session=Session(), size=size)
+        given = {"backing_file": base, "backing_fmt": "vhdx", "block_size": "1M"}
+        create_image(str(self.path / "disk"), "vhdx", session=Session(), options=given)
+        return self.open()
+
+
+class TestNbd(NodeConformance):
+    """A raw file behind a server of ours."""
+
+    resizes = False
+    discards_to_zero = True
+    style: ClassVar[Style] = Style.EXTENDED
+    block: ClassVar[int] = 1
+
+    @pytest.fixture(autouse=True)
+    def _served(self, _own_directory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        def no_higher(wish: Wish) -> Negotiation[Agreement]:
+            return negotiate(replace(wish, highest=self.style))
+
+        monkeypatch.setattr(connecting, "negotiate", no_higher)
+        self._servers: list[Serving] = []
+        yield
+        for node in self._open:
+            node.close()
+        for one in self._servers:
+            one.stop()
+
+    def make(self, size: int) -> Node:
+        path = self.path / str(len(self._servers))
+        path.mkdir()
+        one = Serving(path, size=size)
+        one.start(block=self.block)
+        self._servers.append(one)
+        return self.open(one)
+
+    def open(self, one: Serving) -> Node:
+        defaults = NodeOptions(read_only=False, unmap=True)
+        return open_node(one.options, session=Session(), defaults=defaults, protocol=True)
+
+    def reopen(self, node: Node) -> Node:
+        node.close()
+        return self.open(self._servers[-1])
+
+
+class TestNbdWithSimpleReplies(TestNbd):
+    style = Style.SIMPLE
+
+
+class TestNbdWithLargeBlocks(TestNbd):
+    style = Style.STRUCTURED
+    block = 4096
 
 
 class TestVmdk(OnImage):
@@ -216,6 +322,25 @@ class TestVmdkOfTwoExtents(TestVmdk):
         ]
         text = 'version=1\nCID=1\nparentCID=ffffffff\ncreateType="twoGbMaxExtentSparse"\n'
         (self.path / "disk").write_text(text + "\n".join(lines) + "\n")
+
+
+class TestVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on"}
+
+
+class TestFixedVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on", "subformat": "fixed"}
+
+
+class TestDifferencingVpc(OnImage):
+    format = "vpc"
+
+    def make(self, size: int) -> Node:
+        base, name = str(self.path / "base"), str(self.path / "disk")
+        create_image(base, "vpc", session=Session(), options={"force_size": "on"}, size=size)
+        create_image(name, "vpc", session=Session(), backing_file="base", backing_format="vpc")
         return self.open()
 
 

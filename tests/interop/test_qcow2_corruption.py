@@ -111,6 +111,69 @@ def test_refused_in_other_words(
         assert "write failed: Input/output error" in said
 
 
+# The same with clusters of 16 KiB and extended L2 entries: two words for each guest cluster.
+EXTENDED = ("-o", "extended_l2=on,cluster_size=16k")
+PAIRS = 4 << 14
+PLACE = COPIED | 5 << 14
+SMALL_READS = ["read 0 512", "read -P 1 16k 512", "read 1M 512"]
+SMALL_WRITES = ["write -P 2 512 512", "write -P 2 8k 512", "read -P 1 0 512"]
+BITMAPS: dict[str, tuple[int, int, list[str]]] = {
+    "both bits": (PLACE, 0x10000FFFF, SMALL_READS),
+    "both bits, written": (PLACE, 0x10000FFFF, SMALL_WRITES),
+    "both bits, of others": (PLACE, 0x80000000FFFFFFFF, SMALL_READS),
+    "both bits, zeroed": (PLACE, 0x10000FFFF, ["write -z 0 512", "read -P 0 0 512"]),
+    "both bits, discarded": (PLACE, 0x10000FFFF, ["discard 0 16k", "read -P 0 0 512"]),
+    "no place": (0, 1, SMALL_READS),
+    "no place, written": (0, 1, SMALL_WRITES),
+    "no place, zeroes": (0, 3 << 32, [*SMALL_READS, *SMALL_WRITES[:2], "read -P 0 0 512"]),
+    "zero flag": (PLACE | 1, 0xFFFF, [*SMALL_READS, *SMALL_WRITES]),
+    "not aligned": (PLACE | 512, 0xFFFF, SMALL_READS),
+    "not aligned, written": (PLACE | 512, 0xFFFF, SMALL_WRITES),
+    "not aligned, all zero": (PLACE | 512, 0xFFFFFFFF << 32, SMALL_READS),
+    "in the L1 table": (COPIED | 3 << 14, 0xFFFF, SMALL_WRITES),
+}
+
+
+@pytest.mark.parametrize("name", BITMAPS)
+@pytest.mark.parametrize("options", [(), ("-r",)], ids=["writable", "only read"])
+def test_extended_entries(
+    name: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry, bitmap, commands = BITMAPS[name]
+    said, left = {}, {}
+    for tool in TOOLS:
+        path = image(f"{tool}.qcow2", *EXTENDED)
+        poke(path, PAIRS, entry)
+        poke(path, PAIRS + 8, bitmap)
+        said[tool] = session(tool, path, commands, "-f", "qcow2", "-d", "unmap", *options)
+        left[tool] = struct.unpack_from(">QQQ", path.read_bytes(), 72)
+    assert said["ours"] == said["theirs"]
+    assert left["ours"] == left["theirs"]
+
+
+ELSEWHERE: dict[str, tuple[int, list[str]]] = {
+    "another place": (COPIED | 0x30000, ["read 64k 512", "read -P 1 0 512"]),
+    "compressed": (1 << 62 | 0x10000, ["read 64k 512", "write 64k 512", "read -P 1 0 512"]),
+    "not ours": (0x10000, ["read -P 1 64k 512", "write -P 3 64k 512", "read -P 3 64k 512"]),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("options", [(), ("-r",)], ids=["writable", "only read"])
+def test_entries_of_a_data_file(
+    name: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry, commands = ELSEWHERE[name]
+    said = {}
+    for tool in TOOLS:
+        path = image(f"{tool}.qcow2", "-o", f"data_file={tool}.data")
+        poke(path, L2 + 8, entry)
+        said[tool] = session(tool, path, commands, "-f", "qcow2", *options)
+    assert said["ours"] == said["theirs"]
+
+
 def version_2_zero(path: Path) -> None:
     poke(path, L2, DATA | COPIED | 1)
 

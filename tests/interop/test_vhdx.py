@@ -264,8 +264,8 @@ def test_dirty_sample(tmp_path: Path, session: Session) -> None:
 def test_differencing(tmp_path: Path, session: Session, sector: int) -> None:
     """QEMU opens neither differencing images nor large sectors: two others read them.
 
-    To libvhdi a block of zeroes above a parent is the parent's: there it is not asked. Dissect reads
-    nothing at all where a parent with large sectors has a block of zeroes.
+    To libvhdi a block of zeroes above a parent is the parent's: there it is not asked. Dissect
+    reads nothing at all where a parent with large sectors has a block of zeroes.
     """
     rng = random.Random(sector)
     size = 9 * MIB

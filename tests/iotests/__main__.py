@@ -1,8 +1,9 @@
 """Run the tests of QEMU that must pass: ``python -m tests.iotests [FORMAT [TEST…]]``.
 
-``passing.txt`` holds them, a line per format and test; what is added there stays there. The
-runner and the way to fetch QEMU's tests live beside this checkout, in ``../shared/iotests``;
-without that folder, or without root (the tests need namespaces), this says so and does nothing.
+``passing.txt`` holds them, a line per test, with its format (``raw``; ``raw/nbd`` over another
+protocol than file); what is added there stays there. The runner and the way to fetch QEMU's tests
+live beside this checkout, in ``../shared/iotests``; without that folder, or without root (the tests
+need namespaces), this says so and does nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def main(arguments: list[str]) -> int:
         for format, tests in wanted.items():
             result = Path(scratch, "result.json")
             command = [RUNNER / "run-iotests", "--tools", directory, "--iotests", SOURCE]
-            command += ["--format", format, "--target", "--diff", "-j2", "--json", result, *tests]
+            name, _, protocol = format.partition("/")
+            command += ["--format", name, "--proto", protocol or "file"]
+            command += ["--target", "--diff", "-j2", "--json", result, *tests]
             subprocess.run(command, check=False)
             counts = json.loads(result.read_text())
             passed += counts["passed"]

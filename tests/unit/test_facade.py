@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+import lamina.bitmaps
 import lamina.image
 
 
@@ -18,7 +19,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("module", [lamina, lamina.image])
+@pytest.mark.parametrize("module", [lamina, lamina.image, lamina.bitmaps])
 def test_the_examples_are_true(module: object) -> None:
     failed, attempted = doctest.testmod(module)  # type: ignore[arg-type]
     assert attempted > 0
@@ -123,3 +124,38 @@ def test_the_opening_policy() -> None:
                 lamina.open("sub/top", policy=policy)
     with pytest.raises(lamina.UsageError):
         lamina.open("sub/top", policy="perhaps")
+
+
+def test_bitmaps() -> None:
+    lamina.create("d", "qcow2", "1M")
+    with lamina.open("d", format="qcow2", writable=True) as image:
+        assert dict(image.bitmaps) == {}
+        one = image.bitmaps.add("one", 512)
+        two = image.bitmaps.add("two")
+        two.enabled = False
+        image.pwrite(b"x", 1000)
+        two.merge(one)
+        assert [(b.granularity, b.enabled, b.dirty_bytes) for b in (one, two)] == [
+            (512, True, 512),
+            (65536, False, 65536),
+        ]
+        image.bitmaps.store()
+        one.clear()
+        image.bitmaps.add("three")
+        image.bitmaps.remove("two")
+        with pytest.raises(KeyError):
+            image.bitmaps["two"]
+        with pytest.raises(lamina.UsageError, match="already exists"):
+            image.bitmaps.add("one")
+    with lamina.open("d", format="qcow2") as image:
+        assert set(image.bitmaps) == {"one", "three"}
+        assert len(image.bitmaps) == 2
+        assert list(image.bitmaps["one"].ranges()) == []
+        assert not image.bitmaps["one"].inconsistent
+        with pytest.raises(lamina.Refused):
+            image.bitmaps["one"].clear()
+    lamina.create("r", "raw", "1M")
+    with lamina.open("r", format="raw", writable=True) as image:
+        assert not image.bitmaps
+        with pytest.raises(lamina.ImageUnsupported, match="Can't store persistent bitmaps"):
+            image.bitmaps.add("one")

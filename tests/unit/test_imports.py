@@ -18,7 +18,7 @@ LAYERS = [
     {"block"},
     {"engine"},
     {"protocols", "formats", "filters", "vfat"},
-    {"jobs", "exports", "__init__", "image"},
+    {"jobs", "exports", "__init__", "image", "bitmaps"},
     {"tools"},
 ]
 DRIVERS = {"protocols", "formats", "filters", "vfat"}

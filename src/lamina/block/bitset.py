@@ -60,14 +60,18 @@ class Bitset:
             chunk = self._chunks.get(number)
             if chunk is _FULL:
                 continue
-            self.changed.add(number)
             if high - low == CHUNK_BITS:
                 self._chunks[number] = _FULL
+                self.changed.add(number)
                 continue
             if chunk is None:
                 chunk = self._chunks[number] = bytearray(CHUNK_BYTES)
             assert type(chunk) is bytearray
+            touched = slice(low >> 3, (high + 7) >> 3)
+            before = chunk[touched]
             _set(chunk, low, high)
+            if chunk[touched] != before:
+                self.changed.add(number)
 
     def discard_run(self, first: int, end: int) -> None:
         """Clear the bits from ``first`` up to ``end``, which is not one of them."""
@@ -107,15 +111,6 @@ class Bitset:
                     continue
                 self._chunks[number] = bytearray(after.to_bytes(CHUNK_BYTES, "little"))
             self.changed.add(number)
-
-    def copy(self) -> Bitset:
-        """The same bits; nothing of the copy counts as changed."""
-        result = Bitset()
-        result._chunks = {
-            number: chunk if chunk is _FULL else bytearray(chunk)
-            for number, chunk in self._chunks.items()
-        }
-        return result
 
     def __len__(self) -> int:
         """How many bits are set."""

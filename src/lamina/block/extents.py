@@ -40,8 +40,8 @@ class Extent(NamedTuple):
     length: int
     kind: Kind
     node: Node | None = None
-    """Where ``host_offset`` points into, for DATA, ENCODED and reserved ZERO or BELOW. BELOW without
-    a host offset: set by who cannot tell what is read there."""
+    """Where ``host_offset`` points into, for DATA, ENCODED and reserved ZERO or BELOW. BELOW with
+    no host offset: set by who cannot tell what is read there."""
     host_offset: int = -1
     stored_length: int = 0
     """ENCODED: bytes at ``host_offset`` that hold the encoded unit (an upper bound will do)."""

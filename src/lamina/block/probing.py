@@ -34,6 +34,8 @@ def _vpc(head: bytes, filename: str) -> int:
 
 
 def _bochs(head: bytes, filename: str) -> int:
+    if _u32le(head, 0) == 0x02468ACE and _u32le(head, 4) == 2 and not any(head[24:256]):
+        return 100  # a sparse image, which QEMU takes for raw
     known = (
         head.startswith(b"Bochs Virtual HD Image\0")
         and head[32:].startswith(b"Redolog\0")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lamina.block.driver import Driver
 
 _FORMATS = {
+    "bochs": "lamina.formats.bochs:DRIVER",
+    "cloop": "lamina.formats.cloop:DRIVER",
     "dmg": "lamina.formats.dmg:DRIVER",
     "luks": "lamina.formats.luks:DRIVER",
     "parallels": "lamina.formats.parallels:DRIVER",
@@ -24,6 +26,7 @@ _FORMATS = {
     "vdi": "lamina.formats.vdi:DRIVER",
     "vhdx": "lamina.formats.vhdx:DRIVER",
     "vmdk": "lamina.formats.vmdk:DRIVER",
+    "vpc": "lamina.formats.vpc:DRIVER",
 }
 
 _PROTOCOLS = {

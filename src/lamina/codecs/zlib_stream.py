@@ -25,7 +25,7 @@ _fast_decode = _fast_decoder()
 
 
 def decode(encoded: Data, length: int) -> bytes | bytearray:
-    """Exactly ``length`` bytes; the stream may go on, or be followed by anything.
+    """Exactly ``length`` bytes, whose checksum is right; anything may follow the stream.
 
     Raises ImageCorrupt.
     """
@@ -38,9 +38,11 @@ def decode(encoded: Data, length: int) -> bytes | bytearray:
             if len(decoded) == length:
                 return decoded
     try:
-        found = zlib.decompressobj().decompress(encoded, length)
+        stream = zlib.decompressobj()
+        # It looks at the checksum only where there is room for one byte more.
+        found = stream.decompress(encoded, length + 1)
     except zlib.error as error:
         raise ImageCorrupt("Input/output error", structure="compressed data") from error
-    if len(found) != length:
+    if len(found) != length or not stream.eof:
         raise ImageCorrupt("Input/output error", structure="compressed data")
     return found

@@ -35,23 +35,28 @@ class Appender:
         self.limit = limit
         self._touched = max(end, file.size)
 
-    def take(self, length: int, alignment: int = 1) -> tuple[int, bool]:
-        """Host offset of a new place, and whether it reads as zeroes for certain.
+    def take(self, length: int, alignment: int = 1, *, prefix: int = 0) -> tuple[int, bool]:
+        """Host offset of a new place, and whether it reads as zeroes for certain from ``prefix``
+        bytes on.
 
-        ``grow`` before anybody uses it. Raises StorageError (EFBIG).
+        ``reach`` its end before anything names it. Raises StorageError (EFBIG).
         """
         offset = round_up(self.end, alignment)
         end = offset + length
         if end > self.limit:
             raise StorageError.from_errno(errno.EFBIG)
-        untouched = offset >= self._touched
+        untouched = offset + prefix >= self._touched
         self.end = end
         self._touched = max(self._touched, end)
         return offset, untouched
 
-    def grow(self) -> None:
-        """Have the file hold all places that were taken. Raises StorageError."""
-        if self.file.size < self.end:
+    def reach(self, end: int) -> None:
+        """Have the file hold all places up to ``end``, whatever was written. Raises StorageError.
+
+        After writing, for then there is seldom anything to do. A file that is too short is made to
+        hold what others are still writing to as well: they must not be cut off.
+        """
+        if self.file.size < end:
             self.file.truncate(self.end, exact=False)
 
     def give_back(self, start: int, end: int) -> None:
@@ -59,8 +64,8 @@ class Appender:
         if self.end == end:
             self.end = start
 
-    def trim(self) -> None:
-        """Cut off what lies behind the end. Only while nobody writes."""
-        if self.file.size > self.end:
-            self.file.truncate(self.end, exact=False)
-            self._touched = self.end
+    def trim(self, keep: int = 0) -> None:
+        """Cut off what lies ``keep`` bytes behind the end. Only while nobody writes."""
+        if self.file.size > self.end + keep:
+            self.file.truncate(self.end + keep, exact=False)
+            self._touched = self.end + keep

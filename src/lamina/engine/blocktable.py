@@ -225,15 +225,17 @@ class BlockMapping(Mapping):
     # -- writing ---------------------------------------------------------------------------------
 
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
-        reservation = BlockReservation(self)
+        reservation = self.reservation()
         try:
             for offset, length in ranges:
                 self._reserve_range(reservation, offset, offset + length)
-            reservation.settle()
         except BaseException:
             reservation.abort()
             raise
         return reservation
+
+    def reservation(self) -> BlockReservation:
+        return BlockReservation(self)
 
     def _reserve_range(self, reservation: BlockReservation, offset: int, end: int) -> None:
         unit = self.unit
@@ -242,9 +244,9 @@ class BlockMapping(Mapping):
             stop = min(end, offset - skip + unit)
             place = self.place(block)
             if place < 0:
-                reservation.pieces.append(reservation.append(block, offset, stop))
+                reservation.append(block, offset, stop)
             else:
-                reservation.pieces.append(Piece(offset, stop - offset, self.file, place + skip))
+                reservation.within(place + skip, offset, stop)
             offset = stop
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
@@ -278,15 +280,17 @@ class BlockReservation(Reservation):
         self._start = self._end = mapping.appender.end
         self._new: list[tuple[int, int]] = []
 
-    def append(self, block: int, start: int, end: int) -> Piece:
+    def within(self, place: int, start: int, end: int) -> None:
+        """The guest writes from ``start`` to ``end`` to a block that is there. ``place``: of
+        ``start`` in the file."""
+        self.pieces.append(Piece(start, end - start, self._mapping.file, place))
+
+    def append(self, block: int, start: int, end: int) -> None:
         """A new block, of which the guest writes from ``start`` to ``end``. Raises StorageError."""
         mapping = self._mapping
-        offset, untouched = mapping.appender.take(mapping.block_bytes, mapping.block_alignment)
-        self._end = mapping.appender.end
-        place = offset + mapping.prefix
-        self._new.append((block, place))
         first = block * mapping.unit
-        return Piece(
+        place, untouched = self.take(block)
+        piece = Piece(
             start,
             end - start,
             mapping.file,
@@ -296,14 +300,26 @@ class BlockReservation(Reservation):
             fresh=True,
             reads_zero=untouched,
         )
+        self.pieces.append(piece)
 
-    def settle(self) -> None:
-        """All blocks are taken. Raises StorageError."""
-        if self._new:
-            self._mapping.appender.grow()
+    def take(self, block: int) -> tuple[int, bool]:
+        """Host offset of the data of a new block, and whether it reads as zeroes for certain."""
+        mapping = self._mapping
+        offset, untouched = mapping.appender.take(
+            mapping.block_bytes, mapping.block_alignment, prefix=mapping.prefix
+        )
+        self._end = mapping.appender.end
+        self._new.append((block, offset + mapping.prefix))
+        return offset + mapping.prefix, untouched
 
     def commit(self) -> None:
         mapping = self._mapping
+        if self._new:
+            try:
+                mapping.appender.reach(self._end)
+            except BaseException:
+                self.abort()
+                raise
         for block, place in self._new:
             mapping.table[block] = (place - mapping.base) // mapping.scale
             mapping.added(block, place)

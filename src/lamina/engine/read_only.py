@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from lamina.block.extents import Columns
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
 from lamina.errors import Refused
@@ -14,6 +15,8 @@ from lamina.units import SECTOR
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.engine.disk import Disk
+
+_STEP = 1 << 30
 
 
 class ReadOnlyMapping(Mapping):
@@ -29,6 +32,12 @@ class ReadOnlyMapping(Mapping):
         self.disk = disk
         self.file: Node = disk.file
         self.metadata = Metadata(disk.file)
+
+    def columns(self, offset: int, length: int) -> Iterator[Columns]:
+        """In small pieces: what is encoded has an extent for every unit."""
+        for start in range(offset, offset + length, _STEP):
+            extents = self.resolve(start, min(_STEP, offset + length - start))
+            yield Columns.from_extents(extents)
 
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
         _refuse()

@@ -100,6 +100,10 @@ def _make_whole_images() -> None:
     _img("snapshot", "-c", "a long name for a snapshot", "v2.qcow2")
     odd = "lazy_refcounts=on,cluster_size=4k,refcount_bits=1,compression_type=zstd"
     _img("create", "-f", "qcow2", "-o", odd, "odd.qcow2", "100M")
+    _img("create", "-f", "qcow2", "bm.qcow2", "1M")
+    _img("bitmap", "--add", "bm.qcow2", "b0")
+    _img("bitmap", "--add", "-g", "4k", "--disable", "bm.qcow2", "b1")
+    _io("bm.qcow2", "write 64k 100k")
 
 
 def _make_broken_images() -> None:
@@ -115,6 +119,11 @@ def _make_broken_images() -> None:
     _patched("base.qcow2", "leak.qcow2", leak, size=8 * cluster)
     _patched("leak.qcow2", "lost.qcow2", (2 * cluster + 2 * 5, struct.pack(">H", 0)))
     _patched("leak.qcow2", "far.qcow2", (4 * cluster, struct.pack(">Q", 1 << 63 | 1 << 40)))
+    # The extension that names the bitmap directory ends at byte 536.
+    header = Path("bm.qcow2").read_bytes()[:536]
+    directory = int.from_bytes(header[-8:], "big")
+    _patched("bm.qcow2", "inuse.qcow2", (directory + 15, b"\x03"))
+    _patched("bm.qcow2", "type.qcow2", (directory + 16, b"\x02"))
 
 
 def _patched(source: str, target: str, patch: tuple[int, bytes], size: int = 0) -> None:

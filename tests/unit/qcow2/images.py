@@ -160,6 +160,21 @@ def verify(content: bytes) -> Verdict:
         for snapshot in snapshots:
             walk_l1(snapshot.l1_table_offset, snapshot.l1_size, False)
 
+    if header.bitmaps is not None and header.autoclear_features & 1:
+        start, length = header.bitmaps.directory_offset, header.bitmaps.directory_size
+        refer(start, length, "bitmap directory")
+        end = start + length
+        while start < end:
+            fields = struct.unpack(">QIIBBHI", image[start : start + 24])
+            table, entries, names = fields[0], fields[1], fields[5]
+            refer(table, entries * 8, "bitmap table")
+            for entry in words(table, entries):
+                if entry > 1:
+                    refer(entry, unit, "bitmap data")
+                    if entry % unit:
+                        errors.append(f"bitmap table entry {entry:#x} is not aligned")
+            start += -(-(24 + names) // 8) * 8
+
     width = header.refcount_bits
     per_block = unit * 8 // width
 

@@ -1,70 +1,124 @@
-"""The model disk drives qcow2: every combination reads as a bytearray would, and stays whole."""
+"""The model disk drives qcow2: every combination of features reads as a bytearray would, whatever
+is done to the image, and stays whole."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from lamina.block.driver import Fix
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule
+
+from lamina.block.info import SnapshotInfo
 from lamina.block.node import Node, NodeOptions
+from lamina.block.options import parse
+from lamina.block.secrets import Secrets
+from lamina.engine.disk import Disk
+from lamina.errors import LaminaError
 from lamina.formats.qcow2 import DRIVER
+from lamina.formats.qcow2.create import create
+from lamina.formats.qcow2.layout import Header
+from lamina.formats.qcow2.mapping import Qcow2Mapping
+from lamina.formats.qcow2.options import AmendOptions, CreateOptions, Options
+from lamina.testing.context import NodesContext
 from lamina.testing.memory import MemoryFile
-from lamina.testing.model import ImageMaker, model_test
+from lamina.testing.model import DiskModel, ImageMaker
 
-from .images import make, open_image, verify
+from .features import FEATURES, Choice, accepted, compresses, options_of
+from .images import verify
 
 KIB = 1 << 10
+EXAMPLES = 1000
+STEPS = 14
+CLUSTERS = 40
+"""Of a disk, about."""
+BACKING_LENGTHS = (0.5, 1.0, 1.5)
+"""Of the backing file, in disks."""
+SAMPLE = 40
+"""One image in so many is shown to QEMU."""
 WRITABLE = NodeOptions(read_only=False, unmap=True, filename="memory")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    **FEATURES,
+    # Mistakes live at the edges of clusters and tables, of which small ones have more.
+    "cluster_size": (512, 1 * KIB, 4 * KIB, 64 * KIB),
+    "snapshots": (0,),
+    # LUKS costs a tenth of a second per image, so most have none.
+    "encrypt_format": (None, None, None, None, None, None, "aes", "aes", "luks"),
+}
+_new: dict[str, bytes] = {}
+"""Images that hold nothing yet, by what they are made of."""
 
 
 class Images(ImageMaker):
-    options: ClassVar[dict[str, Any]] = {}
-    data_file: ClassVar[bool] = False
-    runtime: ClassVar[dict[str, str]] = {}
+    """One image in memory."""
+
+    def __init__(self) -> None:
+        self.file = MemoryFile()
+        self.backing: bytes | None = None
+        self.choice: Choice = {}
+        self.secrets = Secrets()
+        self.secrets.add("key", b"secret")
+        self.runtime: dict[str, str] = {}
+
+    def choose(self, choice: Choice, runtime: dict[str, str]) -> None:
+        self.choice = choice
+        self.runtime = dict(runtime)
+        if choice["encrypt_format"]:
+            self.runtime["encrypt.key-secret"] = "key"
 
     def make(self, size: int, backing: bytes | None) -> Node:
-        options = dict(self.options)
+        options = options_of(self.choice)
+        if self.choice["encrypt_format"]:
+            options |= {"encrypt_key_secret": "key", "encrypt_iter_time": 0}
         if backing is not None:
             options |= {"backing_file": "below", "backing_fmt": "raw"}
-        self.data = MemoryFile(options=WRITABLE) if self.data_file else None
-        self.file = MemoryFile(make(size, data=self.data, **options))
+        name = str((size, options))
+        if name not in _new:
+            file = MemoryFile()
+            context: Any = self._context(file)
+            create(CreateOptions(size=size, **options), file, context)
+            _new[name] = bytes(file.content)
+        self.file = MemoryFile(_new[name])
         self.backing = backing
         return self.open()
 
-    def open(self) -> Node:
+    def _context(self, file: MemoryFile, *, read_only: bool = False) -> NodesContext:
         below = None
         if self.backing is not None:
             below = MemoryFile(self.backing, NodeOptions(read_only=True))
-        return open_image(
-            self.file, backing=below, data=self.data, node_options=WRITABLE, **self.runtime
-        )
+        node_options = file.options if read_only else WRITABLE
+        context = NodesContext(file, backing=below, node_options=node_options)
+        context.secrets = self.secrets
+        return context
+
+    def open(self) -> Disk:
+        return self._open(self._context(self.file))
+
+    def _open(self, context: NodesContext) -> Disk:
+        parsed, unknown = parse(Options, self.runtime)
+        assert not unknown
+        disk = DRIVER.open(parsed, context)
+        assert isinstance(disk, Disk)
+        return disk
+
+    def look(self, snapshot: str) -> bytes:
+        """What a snapshot in the file holds."""
+        copy = MemoryFile(bytes(self.file.content), NodeOptions(read_only=True))
+        disk = self._open(self._context(copy, read_only=True))
+        DRIVER.load_snapshot(disk, snapshot)
+        return disk.read(0, disk.size)
 
     def reopen(self, node: Node) -> Node:
         node.close()
         self.verify()
         self.file = MemoryFile(self.file.content)
-        if self.data is not None:
-            self.data = MemoryFile(self.data.content, WRITABLE)
         return self.open()
-
-    def check(self, node: Node, content: bytes) -> None:
-        lines: list[str] = []
-        found = DRIVER.check(node, Fix(), lines.append)
-        assert (found.corruptions, found.leaks) == (0, 0), lines
-        rows = [
-            (int(offset), int(length), int(kind), int(host))
-            for piece in node.columns(0, node.size)
-            for offset, length, kind, host in zip(
-                piece.guest_offset, piece.length, piece.kind, piece.host_offset, strict=True
-            )
-        ]
-        extents = [
-            (one.guest_offset, one.length, int(one.kind), one.host_offset)
-            for one in node.extents(0, node.size)
-        ]
-        assert rows == extents
-        if self.options.get("data_file_raw"):
-            assert self.data is not None
-            assert self.data.content[: node.size].ljust(node.size, b"\0") == content
 
     def verify(self) -> None:
         verdict = verify(bytes(self.file.content))
@@ -76,102 +130,203 @@ class Images(ImageMaker):
         self.verify()
 
 
-class Small(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 512}
+class Qcow2Model(DiskModel):
+    """What is done to disks, and what is done to images."""
+
+    maker_type = Images
+    disk_size = 0
+    unit = 512
+    alignment = 512
+    resizable = True
+    backed = True
+    serial = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshots: dict[str, bytes] = {}
+        self.changes = 0
+
+    @property
+    def images(self) -> Images:
+        assert isinstance(self.maker, Images)
+        return self.maker
+
+    @property
+    def header(self) -> Header:
+        assert isinstance(self.disk, Disk)
+        mapping = self.disk.mapping
+        assert isinstance(mapping, Qcow2Mapping)
+        return mapping.header
+
+    def create(self, choice: Choice, runtime: dict[str, str], backing: bytes | None) -> None:
+        self.images.choose(choice, runtime)
+        self.unit = choice["cluster_size"]
+        self.disk_size = min(CLUSTERS * self.unit, 512 * KIB) + 1024
+        self.node = self.maker.make(self.disk_size, backing)
+        self.content = bytearray((backing or b"").ljust(self.disk_size, b"\0")[: self.disk_size])
+
+    @initialize(data=st.data())
+    def make(self, data: Any) -> None:
+        choice = {name: data.draw(st.sampled_from(values)) for name, values in CHOICES.items()}
+        if not accepted(choice):
+            # Of what excludes each other, the version gives way.
+            choice["compat"] = "1.1"
+        runtime = {}
+        if choice["compat"] == "1.1":
+            runtime["discard-no-unref"] = data.draw(st.sampled_from(["off", "off", "on"]))
+        backing = None
+        if choice["backing"]:
+            size = min(CLUSTERS * choice["cluster_size"], 512 * KIB) + 1024
+            length = int(size * data.draw(st.sampled_from(BACKING_LENGTHS))) // 512 * 512
+            backing = bytes(255 - place % 251 for place in range(509)) * (length // 509 + 1)
+            backing = backing[:length]
+        self.create(choice, runtime, backing)
+
+    # -- what needs wide counts --------------------------------------------------------------------
+
+    @precondition(lambda self: self.node is not None and self.node.supports_compressed_writes)
+    @rule(data=st.data())
+    def write_compressed(self, data: Any) -> None:
+        if compresses({**self.images.choice, "refcount_bits": self.header.refcount_bits}):
+            super().write_compressed.__func__.hypothesis_stateful_rule.function(self, data)  # type: ignore[attr-defined]
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def _may_take_snapshot(self) -> bool:
+        """Counts are wide enough for one reference more, and for compressed clusters as well."""
+        return len(self.snapshots) < min((1 << self.header.refcount_bits) - 2, 3)
+
+    @rule()
+    def take_snapshot(self) -> None:
+        if not self._may_take_snapshot():
+            return
+        self.changes += 1
+        name = f"s{self.changes}"
+        DRIVER.create_snapshot(self.disk, SnapshotInfo("", name, 0, 1, 0, 0, 0))
+        self.snapshots[name] = bytes(self.content)
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def apply_snapshot(self, data: Any) -> None:
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        DRIVER.apply_snapshot(self.disk, name)
+        self.content = bytearray(self.snapshots[name])
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def delete_snapshot(self, data: Any) -> None:
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        DRIVER.delete_snapshot(self.disk, name)
+        del self.snapshots[name]
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def read_snapshot(self, data: Any) -> None:
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        self.disk.flush()
+        if not self.header.incompatible_features & 1:
+            assert self.images.look(name) == self.snapshots[name]
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def _may_resize(self) -> bool:
+        return self.header.version > 2 or not self.snapshots
+
+    @rule(data=st.data())
+    def grow(self, data: Any) -> None:
+        size = len(self.content) + 512 * data.draw(st.integers(0, 300))
+        size = min(size, 2 * self.disk_size)
+        if size > len(self.content) and self._may_resize():
+            self.disk.truncate(size, zeroed=True)
+            self.content.extend(bytes(size - len(self.content)))
+
+    @rule(data=st.data())
+    def shrink(self, data: Any) -> None:
+        size = max(len(self.content) - 512 * data.draw(st.integers(1, 300)), 512)
+        if size < len(self.content) and self._may_resize():
+            self.disk.truncate(size)
+            del self.content[size:]
+
+    @rule(data=st.data())
+    def amend(self, data: Any) -> None:
+        """Anything; what is refused changes nothing."""
+        header = self.header
+        options: dict[str, Any] = {}
+        for name, values in (
+            ("compat", ("0.10", "1.1")),
+            ("refcount_bits", FEATURES["refcount_bits"]),
+            ("lazy_refcounts", (False, True)),
+        ):
+            if data.draw(st.booleans()):
+                options[name] = data.draw(st.sampled_from(values))
+        before = header.version, header.refcount_bits
+        try:
+            DRIVER.amend(self.disk, AmendOptions(**options), lambda part: None, force=False)
+        except LaminaError:
+            assert header.version == before[0]
+            return
+        assert header.version == {None: before[0], "0.10": 2, "1.1": 3}[options.get("compat")]
+        assert header.refcount_bits == options.get("refcount_bits", before[1])
+        # A runtime option of the newer version only.
+        if header.version < 3:
+            self.images.runtime.pop("discard-no-unref", None)
+
+    @precondition(lambda self: self.images.backing is not None)
+    @rule()
+    def empty(self) -> None:
+        """As after a commit to the backing file."""
+        backing = self.images.backing
+        assert backing is not None
+        size = len(self.content)
+        DRIVER.make_empty(self.disk)
+        self.content = bytearray(backing.ljust(size, b"\0")[:size])
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self.node is None:
+            return
+        for name, content in self.snapshots.items():
+            assert self.images.look(name) == content
+        type(self).serial += 1
+        if self.serial % SAMPLE == 0 and shutil.which("qemu-img"):
+            show_to_qemu(self.images, bytes(self.content))
 
 
-class Narrow(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 1 * KIB, "refcount_bits": 1}
+def show_to_qemu(images: Images, content: bytes) -> None:
+    """Its check finds nothing, and it reads the same."""
+    with TemporaryDirectory() as folder:
+        image = Path(folder, "image")
+        image.write_bytes(images.file.content)
+        if images.backing is not None:
+            Path(folder, "below").write_bytes(images.backing)
+        words = ["driver=qcow2,file.filename=image"]
+        if "encrypt.key-secret" in images.runtime:
+            words.append("encrypt.key-secret=key")
+        named = ["--object", "secret,id=key,data=secret", "--image-opts", ",".join(words)]
+        for command in (["check", *named], ["convert", *named, "-O", "raw", "raw"]):
+            done = subprocess.run(
+                ["qemu-img", *command], cwd=folder, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert Path(folder, "raw").read_bytes() == content
 
 
-class Wide(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 512, "refcount_bits": 64}
-    runtime: ClassVar[dict[str, str]] = {"discard_no_unref": "on"}
+# In parts, so that they run side by side.
+PARTS = 4
 
 
-class Old(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 4 * KIB, "compat": "0.10"}
+def part(number: int) -> Any:
+    machine = type(f"Qcow2Model{number}", (Qcow2Model,), {})
+    case = machine.TestCase  # type: ignore[attr-defined]
+    case.settings = settings(
+        max_examples=int(os.environ.get("LAMINA_MODEL_EXAMPLES", EXAMPLES)) // PARTS,
+        stateful_step_count=STEPS,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return pytest.mark.peer(case)
 
 
-class Lazy(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 4 * KIB, "lazy_refcounts": True}
-
-
-class Zstd(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 64 * KIB, "compression_type": "zstd"}
-
-
-class Subclusters(Images):
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 16 * KIB, "extended_l2": True}
-
-
-class KeptSubclusters(Images):
-    """Preallocated, and nothing is given back."""
-
-    options: ClassVar[dict[str, Any]] = {
-        "cluster_size": 32 * KIB,
-        "extended_l2": True,
-        "preallocation": "metadata",
-        "compression_type": "zstd",
-    }
-    runtime: ClassVar[dict[str, str]] = {"discard_no_unref": "on", "l2_cache_entry_size": "512"}
-
-
-class Beside(Images):
-    data_file = True
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 1 * KIB}
-
-
-class BesideSubclusters(Images):
-    data_file = True
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 16 * KIB, "extended_l2": True}
-
-
-class Raw(Images):
-    data_file = True
-    options: ClassVar[dict[str, Any]] = {"cluster_size": 4 * KIB, "data_file_raw": True}
-
-
-class RawSubclusters(Images):
-    data_file = True
-    options: ClassVar[dict[str, Any]] = {
-        "cluster_size": 16 * KIB,
-        "extended_l2": True,
-        "data_file_raw": True,
-    }
-
-
-TestSmall = model_test(
-    Small, size=200 * KIB + 512, unit=512, alignment=512, examples=10, steps=20
-)
-TestNarrow = model_test(
-    Narrow, size=100 * KIB, unit=1 * KIB, alignment=512, examples=10, steps=20
-)
-TestWide = model_test(Wide, size=100 * KIB, unit=512, resizable=False, examples=10, steps=20)
-TestOld = model_test(Old, size=100 * KIB, unit=4 * KIB, resizable=False, examples=10, steps=20)
-TestLazy = model_test(Lazy, size=100 * KIB, unit=4 * KIB, alignment=512, examples=8, steps=20)
-TestZstd = model_test(Zstd, size=1000 * KIB, unit=64 * KIB, resizable=False, examples=5, steps=20)
-TestSubclusters = model_test(
-    Subclusters, size=200 * KIB + 512, unit=16 * KIB, alignment=512, examples=12, steps=20
-)
-TestKeptSubclusters = model_test(
-    KeptSubclusters, size=300 * KIB, unit=32 * KIB, alignment=512, examples=8, steps=20
-)
-TestBeside = model_test(
-    Beside, size=50 * KIB + 512, unit=1 * KIB, alignment=512, examples=8, steps=20
-)
-TestBesideSubclusters = model_test(
-    BesideSubclusters, size=200 * KIB, unit=16 * KIB, alignment=512, examples=8, steps=20
-)
-TestRaw = model_test(
-    Raw, size=100 * KIB, unit=4 * KIB, alignment=512, backed=False, examples=8, steps=20
-)
-TestRawSubclusters = model_test(
-    RawSubclusters,
-    size=200 * KIB,
-    unit=16 * KIB,
-    alignment=512,
-    backed=False,
-    examples=8,
-    steps=20,
-)
+TestPart0, TestPart1, TestPart2, TestPart3 = (part(number) for number in range(PARTS))

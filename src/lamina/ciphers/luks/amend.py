@@ -93,7 +93,8 @@ def _add(header: Header, storage: Storage, key: bytes, change: Change, force: bo
         raise Refused(
             f"Refusing to overwrite active keyslot {number} - please erase it first"
         )
-    iterations = slot_iterations(header, change.iter_time or DEFAULT_ITER_TIME)
+    iter_time = DEFAULT_ITER_TIME if change.iter_time is None else change.iter_time
+    iterations = slot_iterations(header, iter_time)
     material = fill_slot(header, number, key, change.new_passphrase, iterations)
     storage.write(header.slots[number].offset, material)
     storage.flush()

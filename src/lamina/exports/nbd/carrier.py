@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.block.tls import Authorization
 
+_MORE: int = getattr(socket, "MSG_MORE", 0)
 _STALLED = (errno.EAGAIN, errno.EWOULDBLOCK)
 _GONE = (*_STALLED, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT)
 """What sending fails with on behalf of the connection, not of the file that is sent."""
@@ -111,7 +112,7 @@ class Carrier:
     def send_all(self, data: memoryview | bytes | bytearray, *, more: bool = False) -> None:
         """``more``: it goes on at once."""
         view = memoryview(data)
-        flags = socket.MSG_MORE if more and not self._secured else 0
+        flags = _MORE if more and not self._secured else 0
         try:
             sent = self._socket.send(view, flags)
             while sent < len(view):

@@ -31,13 +31,13 @@ class Connection:
     def __init__(self, carrier: Carrier, host: Host, *, tls: bool, patience: float) -> None:
         """``patience``: seconds for which a client may leave its answers where they are."""
         self.in_handshake = True
+        self.stopping = False
         self.export: Export | None = None
         """The one that was chosen."""
         self._carrier = carrier
         self._host = host
         self._tls = tls
         self._patience = patience
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="nbd connection", daemon=True)
 
     def start(self) -> None:
@@ -45,7 +45,7 @@ class Connection:
 
     def stop(self) -> None:
         """Finish what is being done, then leave; a handshake ends at once."""
-        self._stopping = True
+        self.stopping = True
         if self.in_handshake:
             self._carrier.abort()
         else:
@@ -53,7 +53,7 @@ class Connection:
 
     def abort(self) -> None:
         """Leave, whatever is being done."""
-        self._stopping = True
+        self.stopping = True
         self._carrier.abort()
 
     def join(self, seconds: float) -> bool:
@@ -90,12 +90,12 @@ class Connection:
         try:
             self._carrier.begin_transmission(self._patience)
             transmission = Transmission(self._carrier, self.export, agreement)
-            transmission.run(lambda: self._stopping)
+            transmission.run(lambda: self.stopping)
         except LaminaError as error:
             self._say(f"Disconnect client, due to: {error}")
 
     def _say(self, text: str) -> None:
-        if not self._stopping:
+        if not self.stopping:
             self._host.log(text)
 
 

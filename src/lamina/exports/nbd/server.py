@@ -120,7 +120,11 @@ class Server:
                 carrier.close()
                 return
             self._connections.append(one)
-            crowd = [other for other in self._connections if other.in_handshake]
+            crowd = [
+                other
+                for other in self._connections
+                if other.in_handshake and not other.stopping
+            ]
         if len(crowd) > _MOST_HANDSHAKES:
             self.log("Too many handshakes at a time: giving up the oldest")
             crowd[0].abort()

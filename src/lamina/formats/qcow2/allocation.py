@@ -106,8 +106,9 @@ class Allocator:
     def last_used(self) -> int:
         """The last cluster that is counted. Raises StorageError or ImageCorrupt."""
         refcounts = self.refcounts
-        for index in range(len(refcounts.table) - 1, -1, -1):
-            block = refcounts.block(index)
+        table = refcounts.table
+        for index in range(len(table) - 1, -1, -1):
+            block = refcounts.block(index) if table[index] else None
             if block is not None:
                 place = refcounts.width.last_used(block)
                 if place >= 0:
@@ -430,7 +431,7 @@ class Allocator:
         counted_elsewhere: list[Freed] = []
         dropped = False
         for index in range(len(refcounts.table)):
-            block = refcounts.block(index)
+            block = refcounts.block(index) if refcounts.table[index] else None
             if block is None:
                 continue
             offset = refcounts.block_offset(index)

@@ -24,20 +24,17 @@ ROLE = "data-file"
 
 
 def open_data_file(disk: Disk, header: Header, context: OpenContext) -> Node | None:
-    """Attach the data file that the options or the header name; None: the image has none, or only
-    its metadata is wanted.
+    """Attach the data file that the options or the header name; None: only metadata is wanted.
 
     Raises UsageError if it is needed and nobody names it, or named and not needed.
     """
-    if not header.has_data_file and not context.inspect:
-        if any(key == ROLE or key.startswith(ROLE + ".") for key in context.image_option):
-            raise UsageError("'data-file' can only be set for images with an external data file")
-        return None
     node = context.open_named(
         ROLE, header.data_file or "", driver=None, relative_to=disk, plain=True
     )
     if context.inspect:
         return None
+    if not header.has_data_file:
+        raise UsageError("'data-file' can only be set for images with an external data file")
     if node is None:
         raise UsageError(
             "'data-file' is required for this image"
@@ -66,7 +63,7 @@ def create_data_file(
     size = 0 if allocates else header.size
     node = context.create_beside(options.data_file, size, from_here=True)
     if preallocation is not Preallocation.OFF:
-        # Whole clusters are mapped.
-        end = round_up(header.size, header.cluster_size)
+        # What is mapped has to be there.
+        end = round_up(header.size, header.subcluster_size)
         node.truncate(end, preallocation if allocates else Preallocation.OFF)
     return node

@@ -124,7 +124,8 @@ class _Trees:
         self.l1_entries = len(entries)
         """Of all L1 tables together."""
         used = np.flatnonzero(entries)
-        for entry in entries[used][entries[used] & np.uint64(mapping.cluster_size - 1) != 0].tolist():
+        low = np.uint64(mapping.cluster_size - 1)
+        for entry in entries[used][entries[used] & low != 0].tolist():
             raise mapping.corruption.found(
                 f"L2 table offset {c_hex(entry)} unaligned", structure="L1 table"
             )
@@ -254,7 +255,8 @@ def _allocate(mapping: Qcow2Mapping, table: _Table, indices: Indices) -> Indices
     except BaseException:
         allocator.cancel(host, count)
         raise
-    return np.arange(host, host + count * mapping.cluster_size, mapping.cluster_size, dtype=np.int64)
+    unit = mapping.cluster_size
+    return np.arange(host, host + count * unit, unit, dtype=np.int64)
 
 
 def _fill(mapping: Qcow2Mapping, cluster: int, host_offset: int, count: int) -> None:

@@ -145,7 +145,8 @@ class NewEncryption:
         """Raises UsageError without the secret, ImageUnsupported for a cipher we lack."""
         assert options.encrypt_key_secret is not None
         self._passphrase = context.secrets.lookup(options.encrypt_key_secret)
-        self._iter_time = options.encrypt_iter_time or DEFAULT_ITER_TIME
+        given = options.encrypt_iter_time
+        self._iter_time = DEFAULT_ITER_TIME if given is None else given
         self._luks = new_luks_header(options) if options.encrypt_format == "luks" else None
 
     def apply(self, mapping: Qcow2Mapping) -> None:

@@ -195,10 +195,7 @@ class Qcow2Mapping(Mapping):
 
     @property
     def vmstate_offset(self) -> int:  # type: ignore[override]
-        """Behind the last guest address that the L2 tables of the disk cover. A data file has no
-        place for VM state, as it has none for snapshots."""
-        if self.space.external:
-            return 0
+        """Behind the last guest address that the L2 tables of the disk cover."""
         per_table = self.header.l2_entries << self.cluster_bits
         return -(-self.header.size // per_table) * per_table
 
@@ -312,17 +309,14 @@ class Qcow2Mapping(Mapping):
         resize(self, size, preallocation)
 
     def uses_more_than(self, length: int) -> bool:
-        if self.space.external:
-            # The file is all metadata, and that is really there.
-            return False
         return self.refcounts.uses_more_than(length // self.header.cluster_size)
 
     def info(self) -> NodeInfo:
-        from lamina.formats.qcow2.about import describe, describe_bitmaps
+        from lamina.formats.qcow2.about import describe
 
         assert self.disk is not None
         entries = self.bitmaps.entries if self.has_bitmaps else ()
-        return describe(self.disk, self.header, self.snapshots, describe_bitmaps(entries))
+        return describe(self.disk, self.header, self.snapshots, entries)
 
     def before_first_write(self) -> None:
         from lamina.formats.qcow2.header import open_for_changes

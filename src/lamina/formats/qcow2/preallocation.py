@@ -43,7 +43,8 @@ def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) ->
                     space.cancel(host, free)
                     raise
                 if not space.external:
-                    host_end = max(host_end, host + free * mapping.cluster_size)
+                    length = min(free << bits, round_up(end, mapping.unit) - (cluster << bits))
+                    host_end = max(host_end, host + length)
                 cluster += free
             mapping.metadata.relieve()
     return host_end

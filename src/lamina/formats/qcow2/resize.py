@@ -150,7 +150,7 @@ def _grow_data_file(
     if maps and node.size > first:
         # What somebody has left behind the end of the disk must not become a part of it.
         node.write_zeroes(first, min(node.size, size) - first, WriteFlags.MAY_UNMAP)
-    end = round_up(size, unit) if maps else size
+    end = round_up(size, mapping.unit) if maps else size
     if node.size < end:
         allocates = preallocation in (Preallocation.FALLOC, Preallocation.FULL)
         node.truncate(end, preallocation if allocates else Preallocation.OFF)

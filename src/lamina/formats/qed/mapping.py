@@ -143,7 +143,6 @@ class QedMapping(Mapping):
                 self._reserve_range(reservation, offset, offset + length)
             if reservation.new:
                 self._mark()
-                self.appender.grow()
         except BaseException:
             reservation.abort()
             raise
@@ -288,8 +287,15 @@ class QedReservation(Reservation):
         )
 
     def commit(self) -> None:
+        mapping = self._mapping
+        if self.new:
+            try:
+                mapping.appender.reach(self._end)
+            except BaseException:
+                self.abort()
+                raise
         for cluster, place in self.new:
-            self._mapping.tables.set_entry(cluster, place)
+            mapping.tables.set_entry(cluster, place)
 
     def abort(self) -> None:
         self._mapping.appender.give_back(self._start, self._end)

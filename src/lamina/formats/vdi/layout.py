@@ -131,7 +131,7 @@ def parse(data: bytes) -> Header:
         raise _unsupported(
             f"too many blocks {blocks}, max is {MAX_BLOCKS}", "blocks_in_image", BLOCKS_OFFSET
         )
-    header = Header(
+    return Header(
         disk_size,
         offset_data,
         blocks,
@@ -146,15 +146,26 @@ def parse(data: bytes) -> Header:
         block_extra,
         *values[19:],
     )
-    if header.offset_bmap < SIZE or header.map_end > offset_data:
+
+
+def check_map(header: Header, file_size: int) -> None:
+    """Raises ImageCorrupt unless the map has a place of its own in a file of so many bytes."""
+    if header.offset_bmap < SIZE or header.map_end > header.offset_data:
         raise ImageCorrupt(
-            f"The block map at {offset_bmap:#x} overlaps the header or the data",
+            f"The block map at {header.offset_bmap:#x} overlaps the header or the data",
             format="vdi",
             structure="header",
             field="offset_data",
             offset=0x158,
         )
-    return header
+    if header.map_end > file_size:
+        raise ImageCorrupt(
+            "The block map lies behind the end of the image",
+            format="vdi",
+            structure="header",
+            field="offset_bmap",
+            offset=0x154,
+        )
 
 
 def check_size(size: int) -> None:

@@ -31,7 +31,7 @@ class VdiMapping(BlockMapping):
     zero_entry = ZERO
 
     def __init__(self, disk: Disk, header: Header) -> None:
-        """Of a header that is sound. Raises ImageCorrupt if the map is not all there."""
+        """Of a header that is sound."""
         self.disk = disk
         self.file = self.data_node = disk.file
         self.header = header
@@ -40,15 +40,6 @@ class VdiMapping(BlockMapping):
         self.has_backing = header.differencing
         # Without a parent, what is free is zero for certain: there is nothing below.
         self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO, ZERO: Kind.ZERO}
-        if header.map_end > self.file.size:
-            raise ImageCorrupt(
-                "The block map lies behind the end of the image",
-                path=self.file.filename,
-                format="vdi",
-                structure="header",
-                field="offset_bmap",
-                offset=0x154,
-            )
         self.use_header(header)
 
     def use_header(self, header: Header) -> None:

@@ -25,6 +25,8 @@ def open_disk(context: OpenContext) -> Disk:
 def _load(disk: Disk, context: OpenContext) -> VdiMapping:
     file = disk.file
     header = layout.parse(file.read(0, min(layout.SIZE, file.size)))
+    if not context.inspect:
+        layout.check_map(header, file.size)
     if header.differencing:
         _open_parent(disk, header, context)
     return VdiMapping(disk, header)

@@ -42,6 +42,21 @@ class VhdxDriver(Driver):
         with mapping.disk.exclusive():
             return check(mapping, fix, report)
 
+    def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        from lamina.formats.vhdx.parent import change_parent
+
+        mapping = _mapping(node)
+        with mapping.disk.exclusive():
+            change_parent(mapping, filename, format)
+
+    def make_empty(self, node: Node) -> None:
+        from lamina.formats.vhdx.parent import make_empty
+
+        mapping = _mapping(node)
+        with mapping.disk.exclusive():
+            mapping.disk.writer.open_gate()
+            make_empty(mapping)
+
 
 def _mapping(node: Node) -> VhdxMapping:
     from lamina.engine.disk import Disk

@@ -66,7 +66,7 @@ class Bitmaps:
             self.tables.dirty(offset, head, tail - head)
 
     def forget(self, host: int) -> None:
-        """The bitmap block at ``host`` has not come to be."""
+        """There is another bitmap block at ``host``, or none."""
         for offset in range(host, host + BITMAP_BYTES, TABLE_BYTES):
             self.tables.drop(offset)
 

@@ -24,7 +24,7 @@ from lamina.formats.vhdx.layout import (
     ZERO,
     pack_regions,
 )
-from lamina.formats.vhdx.opening import check_linkage
+from lamina.formats.vhdx.parent import check_linkage
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:

@@ -136,7 +136,6 @@ def create(options: VhdxCreateOptions, file: Node, context: CreateContext) -> No
         file.write(offset, data)
     for offset, data in _bat(layout, zero=options.block_state_zero):
         file.write(offset, data)
-    file.flush()
     file.write(0, file_identifier())
     file.flush()
 
@@ -144,7 +143,7 @@ def create(options: VhdxCreateOptions, file: Node, context: CreateContext) -> No
 def _below(options: VhdxCreateOptions, context: CreateContext) -> tuple[Plan, dict[str, str]]:
     """A plan, and the parent locator, for an image above another one."""
     from lamina.formats.vhdx.mapping import VhdxMapping
-    from lamina.formats.vhdx.opening import data_write_guid
+    from lamina.formats.vhdx.parent import data_write_guid
 
     assert options.backing_file is not None
     node = context.backing_node()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lamina.errors import ImageCorrupt
 from lamina.formats.vhdx.layout import (
     HEADER_BYTES,
     HEADER_OFFSETS,
@@ -15,6 +16,9 @@ from lamina.records import replace
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
+
+_LAST = (1 << 64) - 3
+"""Two more fit into 64 bits."""
 
 
 class Headers:
@@ -33,6 +37,14 @@ class Headers:
 
     def update(self, **changes: Any) -> None:
         """Durably change fields, in both headers, one after the other."""
+        if self.current.sequence >= _LAST:
+            raise ImageCorrupt(
+                "The VHDX headers have used up their sequence numbers",
+                path=self.file.filename,
+                format="vhdx",
+                structure="header",
+                field="SequenceNumber",
+            )
         for _ in HEADER_OFFSETS:
             header = replace(self.current, sequence=self.current.sequence + 1, **changes)
             slot = 1 - self._slot

@@ -64,6 +64,8 @@ class Change(NamedTuple):
 
 def parse_entry_header(sector: bytes | memoryview) -> EntryHeader | None:
     """None: no entry can begin here."""
+    if len(sector) < _ENTRY.size:
+        return None
     fields = _ENTRY.unpack_from(sector)
     signature, _, length, tail, sequence, descriptors, _, guid, flushed, last = fields
     header = EntryHeader(length, tail, sequence, descriptors, guid, flushed, last)

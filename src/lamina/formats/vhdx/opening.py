@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from lamina.engine.disk import Disk
@@ -28,7 +27,6 @@ from lamina.formats.vhdx.layout import (
     Region,
     check_apart,
     check_log,
-    guid_text,
     new_guid,
     parse_items,
     parse_parameters,
@@ -90,7 +88,9 @@ def _load(disk: Disk, context: OpenContext) -> Mapping:
         if not context.check:
             _check_places(mapping, writable=not disk.read_only)
         if image.parameters.has_parent:
-            _open_parent(disk, image, context)
+            from lamina.formats.vhdx.parent import open_parent
+
+            open_parent(disk, image, context)
     except LaminaError as error:
         error.path = error.path or disk.file.filename
         raise
@@ -222,49 +222,3 @@ def _check_places(mapping: VhdxMapping, *, writable: bool) -> None:
     if needed > size:
         mapping.file.truncate(needed)
         mapping.grown()
-
-
-# -- the parent ------------------------------------------------------------------------------------
-
-
-def _open_parent(disk: Disk, image: Image, context: OpenContext) -> None:
-    names = locator.filenames(image.parent)
-    for name in names:
-        try:
-            parent = context.open_named("backing", name, driver="vhdx", relative_to=disk)
-        except LaminaError as error:
-            if error.errno != errno.ENOENT or name == names[-1]:
-                raise
-            continue
-        image.parent_name = name
-        if parent is not None:
-            disk.attach("backing", parent)
-            chosen = any(key.partition(".")[0] == "backing" for key in context.image_option)
-            if not (chosen or context.check):
-                check_linkage(image, parent)
-        return
-
-
-def data_write_guid(node: Node) -> bytes | None:
-    """Of a VHDX image, below whatever filters; None for other formats."""
-    from lamina.formats.vhdx.mapping import VhdxMapping
-
-    below = node.unfiltered
-    if isinstance(below, Disk) and isinstance(below.mapping, VhdxMapping):
-        return below.mapping.headers.current.data_write_guid
-    return None
-
-
-def check_linkage(image: Image, parent: Node) -> None:
-    """Raises ImageCorrupt if the parent is not what it was when this image was made."""
-    found = data_write_guid(parent)
-    expected = locator.linkages(image.parent)
-    if found is not None and found not in expected:
-        raise ImageCorrupt(
-            f"The parent '{parent.filename}' has changed since this image was made: its data are "
-            f"{guid_text(found)}, not {guid_text(expected[0])}",
-            format="vhdx",
-            structure="parent locator",
-            field=locator.LINKAGE,
-            hint="If its content is the same nevertheless, 'rebase -u' names it again.",
-        )

@@ -32,8 +32,6 @@ class VhdxReservation(Reservation):
         self.pieces: list[Piece] = []
         self._blocks: list[tuple[int, int]] = []
         """(block, new entry)."""
-        self._chunks: dict[int, int] = {}
-        """Chunk -> host offset of its new bitmap block."""
         self._sectors: list[tuple[int, int, int]] = []
         """(block, first sector in it, sectors) that will be here."""
         try:
@@ -93,9 +91,17 @@ class VhdxReservation(Reservation):
         if whole:
             self._sectors.pop()
             return
-        chunk = block // mapping.bat.ratio
-        if chunk not in self._chunks and not mapping.bitmaps.host_offset(chunk):
-            self._chunks[chunk] = mapping.space.allocate(MIB)
+        self._need_bitmap(block // mapping.bat.ratio)
+
+    def _need_bitmap(self, chunk: int) -> None:
+        """A bitmap block is named before any entry makes it count, even where a commit that takes
+        several entries of the log is cut off in between."""
+        mapping = self._mapping
+        if not mapping.bitmaps.host_offset(chunk):
+            place = mapping.space.allocate(MIB)
+            mapping.bitmaps.forget(place)
+            mapping.bat.set_bitmap(chunk, place | BITMAP_PRESENT)
+            mapping.metadata.commit()
 
     def _complete(self, block: int, entry: int, start: int, stop: int) -> None:
         """More sectors of a block, or others once more."""
@@ -139,30 +145,26 @@ class VhdxReservation(Reservation):
 
     def _publish(self) -> None:
         mapping = self._mapping
-        bitmaps, ratio = mapping.bitmaps, mapping.bat.ratio
-        new = {block for block, entry in self._blocks if entry & STATE == PARTIALLY_PRESENT}
-        for block in new:
-            # Whatever earlier uses of these bits have left.
-            bitmaps.fill(self._bitmap(block), block % ratio * bitmaps.bits, bitmaps.bits, False)
+        bitmaps = mapping.bitmaps
+        for block, entry in self._blocks:
+            if entry & STATE == PARTIALLY_PRESENT:
+                # Whatever earlier uses of these bits have left.
+                self._fill(block, 0, bitmaps.bits, False)
         for block, first, count in self._sectors:
-            place = block % ratio * bitmaps.bits + first
-            bitmaps.fill(self._bitmap(block), place, count, True)
-        for chunk in list(self._chunks):
-            mapping.bat.set_bitmap(chunk, self._chunks[chunk] | BITMAP_PRESENT)
-            del self._chunks[chunk]
+            self._fill(block, first, count, True)
         while self._blocks:
             mapping.bat.set(*self._blocks[-1])
             del self._blocks[-1]
 
-    def _bitmap(self, block: int) -> int:
-        chunk = block // self._mapping.bat.ratio
-        return self._chunks.get(chunk) or self._mapping.bitmap_place(chunk, block)
+    def _fill(self, block: int, first: int, count: int, present: bool) -> None:
+        mapping = self._mapping
+        chunk, number = divmod(block, mapping.bat.ratio)
+        first += number * mapping.bitmaps.bits
+        place = mapping.bitmap_place(chunk, block)
+        mapping.bitmaps.fill(place, first, count, present)
 
     def abort(self) -> None:
         space = self._mapping.space
-        for host in self._chunks.values():
-            self._mapping.bitmaps.forget(host)
-            space.give_back(host, MIB)
         for _, entry in self._blocks:
             space.give_back(entry & ~STATE, self._mapping.unit)
-        self._chunks, self._blocks = {}, []
+        self._blocks = []

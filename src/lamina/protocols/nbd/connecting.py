@@ -35,8 +35,7 @@ class Connector:
         """``context``: the metadata context to select; ``hostname``: of the certificate, if not
         that of the address."""
         self.address = address
-        self.secure = credentials is not None
-        self._wish = Wish(export, tls=self.secure, contexts=(context,))
+        self._wish = Wish(export, tls=credentials is not None, contexts=(context,))
         self._tls = credentials.context() if credentials else None
         self._hostname = hostname or (address.host if address.type == "inet" else None)
 

@@ -40,7 +40,8 @@ def _parse_uri(filename: str, scheme: str) -> dict[str, Any]:
     query = dict(parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape"))
     options: dict[str, Any] = {}
     if unix:
-        if parts.netloc or "socket" not in query:
+        named = parts.netloc and not (secure and parts.netloc == f"{parts.username}@")
+        if named or "socket" not in query:
             raise UsageError(_NO_URL)
         options.update({"server.type": "unix", "server.path": query.pop("socket")})
     else:

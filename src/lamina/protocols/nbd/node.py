@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _LONGEST_COMPACT = (1 << 32) - (1 << 16)
 """Bytes that a request without extended headers can speak of, in whole blocks of any size."""
 _LONGEST = 1 << 62
+_MOST_EXTENTS = 1 << 22
+_MOST_ROUNDS = 1 << 14
+"""Of one question about block status: what a server does not tell by then is taken for data."""
 
 
 class NbdNode(Node):
@@ -39,12 +42,15 @@ class NbdNode(Node):
         address: SocketAddress,
         *,
         is_bitmap: bool,
+        secure: bool,
     ) -> None:
-        """``is_bitmap``: block status is that of a dirty bitmap or another foreign context."""
+        """``is_bitmap``: block status is that of a dirty bitmap or another foreign context;
+        ``secure``: the name that opens it begins with ``nbds``."""
         super().__init__(options)
         self._connections = connections
         self._address = address
         self._is_bitmap = is_bitmap
+        self._secure = secure
         agreed = connections.agreement
         self._export = agreed.export
         self._flags = agreed.export.flags
@@ -85,7 +91,7 @@ class NbdNode(Node):
                 place.port,
                 place.path,
                 self._export.name,
-                secure=self._connections.secure,
+                secure=self._secure,
             )
         return name or self.options.filename
 
@@ -219,7 +225,13 @@ class NbdNode(Node):
         block = self._limits.request_alignment
         behind = offset + length
         end = min(behind, self._export.size)
+        rounds = 0
         while offset < end:
+            rounds += 1
+            if rounds > _MOST_ROUNDS or len(found) > _MOST_EXTENTS:
+                self._append(found, offset, end - offset, 0)
+                offset = end
+                break
             start = round_down(offset, block)
             asked = min(round_up(end, block) - start, self._longest)
             request = Request(nbd.CMD_BLOCK_STATUS, start, asked)

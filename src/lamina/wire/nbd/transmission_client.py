@@ -141,7 +141,6 @@ class ReplyReader:
 
     def received(self, count: int) -> list[Request]:
         """So many bytes were put into the buffers: the requests that are answered now."""
-        self._finished = []
         waiting = len(self._target)
         if waiting:
             taken = min(waiting, count)
@@ -152,13 +151,15 @@ class ReplyReader:
             if self._then is not None:
                 if not self._fill():
                     break
-                then, self._then = self._then, None
+                then, self._then, self._target = self._then, None, _NOTHING
                 then()
             elif not self._header():
                 break
         if self._start == self._end:
             self._start = self._end = 0
-        return self._finished
+        # Buffers belong to the caller: nothing here holds on to them once they are filled.
+        finished, self._finished = self._finished, []
+        return finished
 
     def _fill(self) -> bool:
         """Move what there is of a payload to where it belongs; whether it is complete."""

@@ -1,0 +1,73 @@
+"""VHD, the disk images of Virtual PC, Hyper-V and Azure: fixed, dynamic and differencing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lamina.block.driver import CheckResult, Driver, Fix, Measurement
+from lamina.formats.vpc.options import VpcCreateOptions, VpcOptions
+
+if TYPE_CHECKING:
+    from lamina.block.context import CreateContext, OpenContext
+    from lamina.block.node import Node
+    from lamina.formats.vpc.mapping import VpcMapping
+
+
+class VpcDriver(Driver):
+    name = "vpc"
+    Options = VpcOptions
+    CreateOptions = VpcCreateOptions
+    is_format = True
+    supports_backing = True
+    strong_options = ("force_size_calc",)
+
+    def open(self, options: VpcOptions, context: OpenContext) -> Node:
+        from lamina.formats.vpc.opening import open_disk
+
+        return open_disk(options, context)
+
+    def new_file_size(self, options: Any) -> int:
+        from lamina.formats.vpc.create import file_size
+
+        return file_size(options)
+
+    def create(self, options: VpcCreateOptions, file: Node, context: CreateContext) -> None:
+        from lamina.formats.vpc.create import create
+
+        create(options, file, context)
+
+    def measure(
+        self, options: VpcCreateOptions, source: Node | None, context: CreateContext
+    ) -> Measurement:
+        from lamina.formats.vpc.measure import measure
+
+        return measure(options, source)
+
+    def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
+        from lamina.formats.vpc.check import check
+
+        with _exclusive(node) as mapping:
+            return check(mapping, fix, report)
+
+    def make_empty(self, node: Node) -> None:
+        from lamina.formats.vpc.empty import make_empty
+
+        with _exclusive(node) as mapping:
+            make_empty(mapping)
+
+
+@contextmanager
+def _exclusive(node: Node) -> Iterator[VpcMapping]:
+    """The mapping of an open image, while nobody else changes it."""
+    from lamina.engine.disk import Disk
+    from lamina.formats.vpc.mapping import VpcMapping
+
+    assert isinstance(node, Disk)
+    assert isinstance(node.mapping, VpcMapping)
+    with node.exclusive():
+        yield node.mapping
+
+
+DRIVER = VpcDriver()
