@@ -44,8 +44,6 @@ def check(node: Node, fix: Fix, report: Report) -> CheckResult:
     assert isinstance(mapping, VmdkMapping)
     result = CheckResult()
     with disk.exclusive():
-        if fix != Fix():
-            disk.writer.open_gate()
         for extent in mapping.extents:
             if isinstance(extent, SparseExtent):
                 SparseCheck(mapping, extent, fix, report, result).run()
@@ -109,10 +107,10 @@ class SparseCheck(GrainCheck):
         self.fix = fix if extent.writable else Fix()
         self.taken: list[npt.NDArray[np.uint32]] = []
         """Sectors at which grains begin."""
-        self.tables: list[int] = []
-        """Host offsets of tables behind the place of the first grain."""
         self.unreadable = False
         """Some table cannot be read: nothing can be said of its grains, or of what is lost."""
+        self.changed = False
+        """A repair changes what the disk reads as."""
 
     def run(self) -> None:
         header = self.extent.header
@@ -122,6 +120,8 @@ class SparseCheck(GrainCheck):
             return
         super().run()
         if not header.compressed:
+            # What repairs have added is a part of the file from now on.
+            self.mapping.metadata.commit()
             self._look_for_overlaps_and_leaks()
         if header.unclean:
             self.report("The image was not closed by its last user")
@@ -139,7 +139,9 @@ class SparseCheck(GrainCheck):
             offset = extent.table_offset(number)
         except ImageCorrupt as error:
             self.report(f"ERROR: {error}")
-            if self.fix.errors:
+            # A stream has no room for another table.
+            if self.fix.errors and not extent.compressed:
+                self._change_content()
                 extent.replace_table(number)
                 self.result.corruptions_fixed += 1
             else:
@@ -148,13 +150,9 @@ class SparseCheck(GrainCheck):
             return
         if not offset:
             return
-        if offset >= extent.header.overhead:
-            self.tables.append(offset)
         if not extent.header.has_redundant:
             return
         copy = extent.copy_offset(number)
-        if copy >= extent.header.overhead:
-            self.tables.append(copy)
         table = extent.tables.get(offset)
         if copy and extent.copies.get(copy) == table:
             return
@@ -178,6 +176,7 @@ class SparseCheck(GrainCheck):
             sector = int(theirs[index])
             where = self.guest_sector(grain)
             self.report(f"ERROR: cluster offset for sector {where} points after EOF")
+            self._change_content()
             self.extent.set_entries(grain, [sector])
             self.result.corruptions_fixed += 1
 
@@ -205,9 +204,17 @@ class SparseCheck(GrainCheck):
         if not self.fix.errors:
             self.result.corruptions += 1
             return
+        self._change_content()
         grain = (guest_sector * SECTOR - self.extent.start) // self.extent.grain
         self.extent.set_entries(grain, [0])
         self.result.corruptions_fixed += 1
+
+    def _change_content(self) -> None:
+        """Children of the disk are to notice; repairs that change nothing for the guest are none of
+        their business."""
+        if not self.changed:
+            self.mapping.renew_cid()
+            self.changed = True
 
     def _look_at_markers(self, first: int, sectors: Sectors) -> None:
         """Every compressed grain says which one it is."""
@@ -252,7 +259,10 @@ class SparseCheck(GrainCheck):
         """Places behind that of the first grain which hold no grains, in steps of one."""
         extent = self.extent
         header = extent.header
-        places = list(self.tables)
+        places = []
+        for number in range(header.directory_entries):
+            places += [extent.table_offset(number), extent.copy_offset(number)]
+        places = [place for place in places if place >= header.overhead]
         length = header.directory_entries * ENTRY_SIZE
         for directory in (header.directory_offset, header.redundant_offset):
             if directory >= header.overhead:

@@ -148,12 +148,16 @@ class VmdkMapping(Mapping):
     def before_first_write(self) -> None:
         """The content is another one from now on: children are to notice, whatever happens."""
         self._changed = True
-        self.put_descriptor(self.descriptor.with_cid(new_cid()))
-        self.metadata.commit()
-        self.metadata.barrier()
+        self.renew_cid()
         for extent in self.extents:
             if isinstance(extent, StreamExtent) and extent.writable:
                 extent.begin()
+
+    def renew_cid(self) -> None:
+        """Durable when this returns. Raises what writing raises."""
+        self.put_descriptor(self.descriptor.with_cid(new_cid()))
+        self.metadata.commit()
+        self.metadata.barrier()
 
     def put_descriptor(self, descriptor: Descriptor) -> None:
         """Have it written by the next commit. Raises StorageError (ENOSPC) if it has no room."""

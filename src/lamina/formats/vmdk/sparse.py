@@ -276,10 +276,8 @@ class SparseExtent(GrainExtent):
         if self.table_offset(number):
             return
         header = self.header
-        size = header.table_bytes
-        place = self.space.append(
-            round_up(2 * size, SECTOR), SECTOR if self.compressed else self.grain
-        )
+        size = round_up(header.table_bytes, SECTOR)
+        place = self.space.append(2 * size, SECTOR if self.compressed else self.grain)
         self.tables.new(place)
         self._name_table(header.directory_offset, number, place)
         if self._has_redundant_directory:
