@@ -252,6 +252,21 @@ def test_the_samples_of_qemu(tmp_path: Path) -> None:
                 assert disk.read(run_["start"], run_["length"]) == file.read(run_["length"])
 
 
+@pytest.mark.parametrize("subformat", [*IN_PLACE, "streamOptimized"])
+def test_measured_images_fit(tmp_path: Path, subformat: str) -> None:
+    raw, home = tmp_path / "raw", tmp_path / "home"
+    home.mkdir()
+    raw.write_bytes(random.Random(6).randbytes(1 << 20))
+    with raw.open("r+b") as file:
+        file.truncate(20 << 20)
+    options = ["-f", "raw", "-O", "vmdk", "-o", f"subformat={subformat}"]
+    said = json.loads(run("lamina-img", "measure", "--output=json", *options, raw))
+    run("lamina-img", "convert", *options, raw, home / "disk.vmdk")
+    size = sum(path.stat().st_size for path in home.iterdir())
+    assert size <= said["required"] <= said["fully-allocated"]
+    assert said["required"] < size * 1.1
+
+
 def test_libvmdk_reads_ours(tmp_path: Path) -> None:
     vmdk = pytest.importorskip("pyvmdk")
     content = random.Random(3).randbytes(300_000) + bytes(200_000) + b"text" * 100_000

@@ -16,6 +16,7 @@ from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt
 from lamina.formats.vmdk.extents import GrainExtent
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN_MARKER_SIZE, UNCLEAN_FIELD, parse_marker
+from lamina.formats.vmdk.repair import renew_copy, replace_table
 from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
@@ -142,7 +143,7 @@ class SparseCheck(GrainCheck):
             # A stream has no room for another table.
             if self.fix.errors and not extent.compressed:
                 self._change_content()
-                extent.replace_table(number)
+                replace_table(extent, number)
                 self.result.corruptions_fixed += 1
             else:
                 self.result.corruptions += 1
@@ -162,7 +163,7 @@ class SparseCheck(GrainCheck):
             return
         if copy:
             self._take_from_copy(number, table, extent.copies.get(copy))
-        extent.renew_copy(number)
+        renew_copy(extent, number)
         self.result.corruptions_fixed += 1
 
     def _take_from_copy(self, number: int, table: bytearray, copy: bytearray) -> None:
