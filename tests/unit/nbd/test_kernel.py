@@ -87,7 +87,7 @@ def test_disconnecting(kernel: Kernel, tmp_path: Path) -> None:
     node.touch()
     device.disconnect(str(node))
     assert kernel.asked == [(CLEAR_QUE, 0), (DISCONNECT, 0), (CLEAR_SOCK, 0)]
-    with pytest.raises(UsageError, match="Cannot open .*: No such file or directory"):
+    with pytest.raises(UsageError, match="No such file or directory"):
         device.disconnect(str(tmp_path / "none"))
 
 
