@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,21 @@ def test_the_samples_of_qemu(tmp_path: Path) -> None:
                 assert disk.read(run_["start"], run_["length"]) == file.read(run_["length"])
 
 
+@pytest.mark.parametrize("subformat", [*IN_PLACE, "streamOptimized"])
+def test_measured_images_fit(tmp_path: Path, subformat: str) -> None:
+    raw, home = tmp_path / "raw", tmp_path / "home"
+    home.mkdir()
+    raw.write_bytes(random.Random(6).randbytes(1 << 20))
+    with raw.open("r+b") as file:
+        file.truncate(20 << 20)
+    options = ["-f", "raw", "-O", "vmdk", "-o", f"subformat={subformat}"]
+    said = json.loads(run("lamina-img", "measure", "--output=json", *options, raw))
+    run("lamina-img", "convert", *options, raw, home / "disk.vmdk")
+    size = sum(path.stat().st_size for path in home.iterdir())
+    assert size <= said["required"] <= said["fully-allocated"]
+    assert said["required"] < size * 1.1
+
+
 def test_libvmdk_reads_ours(tmp_path: Path) -> None:
     vmdk = pytest.importorskip("pyvmdk")
     content = random.Random(3).randbytes(300_000) + bytes(200_000) + b"text" * 100_000
@@ -271,3 +287,32 @@ def test_libvmdk_reads_ours(tmp_path: Path) -> None:
             assert handle.read_buffer_at_offset(SIZE, 0) == content, subformat
         finally:
             handle.close()
+
+
+def test_images_of_others(tmp_path: Path) -> None:
+    """Bochs' bximage makes sparse ones, VMDKstream streams."""
+    if shutil.which("bximage") is None or shutil.which("/usr/bin/python3") is None:
+        pytest.skip("needs bximage and VMDKstream")
+    # bximage wants whole cylinders.
+    content = random.Random(4).randbytes(700_000) + bytes(1 << 20) + b"text" * 400_000
+    content = content.ljust(8 * 16 * 63 * 512, b"\0")
+    raw, sparse, stream = tmp_path / "raw", tmp_path / "sparse.vmdk", tmp_path / "stream.vmdk"
+    raw.write_bytes(content)
+    run("bximage", "-q", "-func=convert", "-imgmode=vmware4", raw, sparse)
+    script = f"import VMDKstream; VMDKstream.convert_to_stream({str(raw)!r}, {str(stream)!r})"
+    done = subprocess.run(["/usr/bin/python3", "-c", script], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(done.stderr)
+    for image in (sparse, stream):
+        nothing_wrong(image)
+        with opened(image, "vmdk", writable=False) as disk:
+            assert disk.read(0, disk.size) == content
+        assert run("lamina-img", "info", image) == run("qemu-img", "info", image)
+    # What we add to a stream of somebody else is there, and so is what was there.
+    free = 12 << 16
+    with opened(stream, "vmdk") as disk:
+        assert not any(disk.read(free, 65536))
+        disk.write(free, b"new" * 20000 + bytes(5536))
+    content = content[:free] + b"new" * 20000 + content[free + 60000 :]
+    same(stream, "vmdk", bytearray(content))
+    nothing_wrong(stream)

@@ -395,8 +395,8 @@ class Writer:
     def _zero_slowly(self, start: int, end: int, flags: WriteFlags) -> None:
         """Where tables cannot say it: in places of their own."""
         mapping = self.disk.mapping
-        if mapping.request_alignment > 1:
-            # Encrypted zeroes are bytes like any others.
+        if mapping.request_alignment > 1 or mapping.encodes_always:
+            # Encrypted or compressed zeroes are bytes like any others.
             self._write_zero_bytes(start, end, flags)
             return
         unit = self.disk.allocation_unit

@@ -107,6 +107,8 @@ def convert(disks: list[Backend], target: Backend, settings: Settings) -> None:
     """Copy everything. The target is large enough. Raises what reading and writing raise."""
     if settings.compressed and not target.node.supports_compressed_writes:
         raise UsageError("Compression not supported for this file format")
+    if settings.compressed and not target.info().cluster_size:
+        raise UsageError("invalid cluster size")
     sources = SalvagedSources(disks, settings.warn) if settings.salvage else Sources(disks)
     Conversion(sources, target, settings).run()
 

@@ -14,7 +14,16 @@ from lamina.errors import ImageCorrupt, LaminaError, Refused
 from lamina.formats.vmdk import DRIVER
 from lamina.formats.vmdk.descriptor import ExtentLine
 from lamina.testing.memory import MemoryFile
-from tests.unit.vmdk.images import GRAIN, monolithic, open_image, sparse_extent, split, stream
+from tests.unit.vmdk.images import (
+    GRAIN,
+    WRITABLE,
+    monolithic,
+    open_image,
+    parent_cid_of,
+    sparse_extent,
+    split,
+    stream,
+)
 
 SIZE = 200 * GRAIN
 READABLE = NodeOptions(read_only=True, filename="memory")
@@ -40,11 +49,7 @@ READABLE = NodeOptions(read_only=True, filename="memory")
         (56, struct.pack("<Q", 1 << 50), "Grain directory lies outside of the image"),
         (56, bytes(8), "Grain directory lies outside of the image"),
         (56, b"\xff" * 8, "Invalid footer"),
-        (
-            64,
-            struct.pack("<Q", 1 << 40),
-            "File truncated, expecting at least 562949953421312 bytes",
-        ),
+        (64, struct.pack("<Q", 1 << 40), f"File truncated, expecting at least {1 << 49} bytes"),
         (73, b"\r\n", "The image was damaged by a transfer in text mode"),
         (8, struct.pack("<I", 0x10003), "Unsupported compression algorithm 0"),
         (512, b"\0", "invalid VMDK image descriptor"),
@@ -147,8 +152,10 @@ def test_what_names_nothing_is_not_read() -> None:
         lines: list[str] = []
         assert DRIVER.check(disk, Fix(), lines.append).corruptions == 2
         assert "ERROR: cluster offset for sector 0 points after EOF" in lines
-        # The copy knows better.
+        # The copy knows better. What a child would see changes.
+        before = parent_cid_of(disk)
         DRIVER.check(disk, Fix(errors=True), lines.append)
+        assert parent_cid_of(disk) != before
         assert disk.read(0, GRAIN) == b"x" * GRAIN
         assert not DRIVER.check(disk, Fix(), lines.append).corruptions
 
@@ -164,15 +171,17 @@ def test_repairs() -> None:
     struct.pack_into("<I", image, directory, 0x7FFFFFFF)
     copy = 512 * struct.unpack_from("<I", image, redundant + 4)[0]
     struct.pack_into("<I", image, copy, 128)
-    file = MemoryFile(image)
+    file = MemoryFile(image, WRITABLE)
     disk = open_image(file)
     lines: list[str] = []
     everything = Fix(leaks=True, errors=True)
     assert DRIVER.check(disk, Fix(), lines.append).corruptions == 2
     assert DRIVER.check(disk, everything, lines.append).corruptions_fixed == 3
     lines.clear()
+    before = parent_cid_of(disk)
     again = DRIVER.check(disk, everything, lines.append)
     assert not again.corruptions, lines
+    assert parent_cid_of(disk) == before, lines
     assert disk.read(0, 3 * GRAIN) == b"x" * 3 * GRAIN
     disk.close()
     assert file.content[72] == 0
