@@ -207,6 +207,27 @@ class TestStaticVdi(OnImage):
     creation = {"static": "on"}
 
 
+class TestVhdx(OnImage):
+    format = "vhdx"
+    creation = {"block_size": "1M"}
+    rounds = 100
+
+
+class TestFixedVhdx(TestVhdx):
+    creation = {"block_size": "1M", "subformat": "fixed"}
+
+
+class TestDifferencingVhdx(TestVhdx):
+    """Above a parent that reads as zeroes."""
+
+    def make(self, size: int) -> Node:
+        base = str(self.path / "base")
+        create_image(base, "vhdx", session=Session(), size=size)
+        given = {"backing_file": base, "backing_fmt": "vhdx", "block_size": "1M"}
+        create_image(str(self.path / "disk"), "vhdx", session=Session(), options=given)
+        return self.open()
+
+
 class TestNbd(NodeConformance):
     """A raw file behind a server of ours."""
 
