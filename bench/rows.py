@@ -139,6 +139,8 @@ CONVERSIONS = [
     ("vmdk-raw", 1.0),
     ("raw-vmdk-stream", 1.0),
     ("vmdk-stream-raw", 1.0),
+    ("raw-vhdx", 1.0),
+    ("vhdx-raw", 1.0),
 ]
 TABLES = [
     ("check-full", 3.0),
