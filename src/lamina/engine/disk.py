@@ -109,6 +109,7 @@ class Disk(Node):
         return Limits(
             request_alignment=mapping.request_alignment,
             write_zeroes_alignment=mapping.unit,
+            write_unit=mapping.write_unit,
             discard_alignment=self.allocation_unit,
         )
 

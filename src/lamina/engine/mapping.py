@@ -93,6 +93,9 @@ class Mapping(ABC):
     requests that change tables: a multiple of ``unit``. 0: the same as ``unit``."""
     metadata: Metadata
 
+    write_unit: int = 0
+    """Writes of whole multiples of this have nothing copied around them; 0: ``unit``. Less where
+    the rest of a new unit reads as zeroes by itself, or stays below."""
     encoded_unit: int = 0
     """Bytes of a unit that ``reserve_encoded`` takes; 0: the format has no compressed writes."""
     codec: str = ""

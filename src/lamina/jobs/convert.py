@@ -119,7 +119,7 @@ class Conversion:
         self.hold_back = RateLimit(settings.rate)
         self.total = 0
         """Bytes of data that the sources hold."""
-        unit = max(target.limits.write_zeroes_alignment, 1)
+        unit = target.limits.write_unit or max(target.limits.write_zeroes_alignment, 1)
         if settings.compressed:
             unit = target.info().cluster_size or unit
         self.unit = unit
