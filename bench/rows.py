@@ -142,6 +142,8 @@ CONVERSIONS = [
     ("raw-vhdx", 1.0),
     ("vhdx-raw", 1.0),
 ]
+OTHERS = {"parallels", "qed", "vhdx", "vmdk"}
+"""Formats that are converted from and to raw, without further options."""
 TABLES = [
     ("check-full", 3.0),
     ("check-fragmented", 8.0),
@@ -181,7 +183,7 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw", "raw-vmdk", "vmdk-raw"):
+    if "stream" not in name and OTHERS & set(name.split("-")):
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]

@@ -52,6 +52,7 @@ class VhdxMapping(Mapping):
         self.parameters = image.parameters
         self.size = image.parameters.size
         self.unit = image.parameters.block_size
+        self.write_unit = image.parameters.logical_sector
         self._unit_bits = self.unit.bit_length() - 1
         self.file: Node = image.file
         self.data_node = self.file
