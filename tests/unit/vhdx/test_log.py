@@ -256,7 +256,7 @@ def test_many_changes_are_logged_in_several_entries():
         changes = parse_entry(file.read(MIB, header.length))
         assert [(one.offset, one.data) for one in changes] == [
             (offset + skip, bytes(data[skip : skip + 4096]))
-            for offset, data, _ in group
+            for offset, data, *_ in group
             for skip in range(0, len(data), 4096)
         ]
     with pytest.raises(ValueError, match="whole sectors"):
