@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lamina.engine.disk import Disk
 
 
+PAGE = 4096
+"""Bytes that files have or have not: less need not be told apart in a block without a parent."""
+
+
 class VdiMapping(BlockMapping):
     driver = "vdi"
     unit = block_bytes = scale = BLOCK
@@ -38,6 +42,7 @@ class VdiMapping(BlockMapping):
         self.size = header.disk_size
         self.metadata = Metadata(self.file)
         self.has_backing = header.differencing
+        self.write_unit = 0 if self.has_backing else PAGE
         # Without a parent, what is free is zero for certain: there is nothing below.
         self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO, ZERO: Kind.ZERO}
         self.use_header(header)
