@@ -67,8 +67,9 @@ class VpcMapping(Mapping):
 class FixedMapping(VpcMapping):
     """Every byte has its place: the same one as in the guest."""
 
+    fixed = True
     unit = FIXED_UNIT
-    write_unit = PAGE
+    write_unit = discard_unit = PAGE
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
         inside = max(min(length, self.size - offset), 0)
@@ -103,6 +104,7 @@ class DynamicMapping(VpcMapping, BlockMapping):
         super().__init__(disk, footer, size)
         self.backing_name = backing_name
         self.has_backing = footer.disk_type == DIFFERENCING
+        self.discard_unit = min(PAGE, header.block_size)
         self.write_unit = SECTOR if self.has_backing else min(PAGE, header.block_size)
         # Without a parent, what is not there is zero for certain: there is nothing below.
         self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO}
