@@ -113,6 +113,8 @@ def rows(bench: Workbench) -> Iterator[Callable[[], Row]]:
         yield lambda name=name, goal=goal: _tables(bench, name, goal)
     for name, goal in REQUESTS:
         yield lambda name=name, goal=goal: _requests(bench, name, goal)
+    for name, goal in NETWORK:
+        yield lambda name=name, goal=goal: _network(bench, name, goal)
     for name, goal in SMALL:
         yield lambda name=name, goal=goal: _small(bench, name, goal)
 
@@ -133,7 +135,19 @@ CONVERSIONS = [
     ("raw-parallels", 1.0),
     ("parallels-raw", 1.0),
     ("dmg-raw", 1.3),
+    ("raw-vmdk", 1.0),
+    ("vmdk-raw", 1.0),
+    ("raw-vmdk-stream", 1.0),
+    ("vmdk-stream-raw", 1.0),
+    ("raw-vhdx", 1.0),
+    ("vhdx-raw", 1.0),
+    ("raw-vdi", 1.0),
+    ("vdi-raw", 1.0),
+    ("raw-vpc", 1.0),
+    ("vpc-raw", 1.0),
 ]
+OTHER_FORMATS = {"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"}
+"""Converted from and to raw, without further options."""
 TABLES = [
     ("check-full", 3.0),
     ("check-fragmented", 8.0),
@@ -150,9 +164,19 @@ REQUESTS = [
     ("bench-qcow2-read-64", 1.0),
     ("bench-qcow2-write-64", 1.0),
 ]
+NETWORK = [
+    ("nbd-raw-read-1", 1.3),
+    ("nbd-raw-read-32", 1.2),
+    ("nbd-raw-write-32", 1.2),
+    ("nbd-raw-sequential", 1.2),
+    ("nbd-qcow2-read-32", 1.5),
+    ("nbd-qcow2-write-32", 1.3),
+    ("nbd-copy", 1.0),
+]
+"""Our server against nbdkit (raw) and qemu-nbd (qcow2), our client against nbdcopy."""
 SMALL = [("info", 0.25), ("create", 0.25)]
 """Against ``python -c pass``: at most four times as long."""
-NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *SMALL)]
+NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *NETWORK, *SMALL)]
 
 
 def _conversion(bench: Workbench, name: str, goal: float) -> Row:
@@ -163,11 +187,13 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         image = str(bench.converted("data.qcow2", *qcow2))
         words = ["compare", "-f", "raw", "-F", "qcow2", str(bench.raw()), image]
         return Row(name, goal, [OURS, *words], [THEIRS, *words])
-    if name in ("raw-qed", "qed-raw", "raw-parallels", "parallels-raw"):
+    other = name.removeprefix("raw-").removesuffix("-raw")
+    if other in OTHER_FORMATS:
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
         return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
+    stream = ["-O", "vmdk", "-o", "subformat=streamOptimized"]
     source, options = {
         "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
         "raw-raw-dense": (lambda: ["-f", "raw", str(bench.dense())], ["-O", "raw"]),
@@ -178,8 +204,12 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         "compress-zstd": (lambda: ["-f", "raw", str(bench.raw())], zstd),
         "decompress-zlib": (lambda: [str(bench.converted("z.qcow2", *zlib))], ["-O", "raw"]),
         "decompress-zstd": (lambda: [str(bench.converted("zs.qcow2", *zstd))], ["-O", "raw"]),
+        "raw-vmdk-stream": (lambda: ["-f", "raw", str(bench.raw())], stream),
+        "vmdk-stream-raw": (lambda: [str(bench.converted("s.vmdk", *stream))], ["-O", "raw"]),
     }[name]
-    words = ["convert", "-W", "-m", "16", *options, *source(), str(target)]
+    # QEMU can write a stream in order only.
+    parallel = [] if name == "raw-vmdk-stream" else ["-W", "-m", "16"]
+    words = ["convert", *parallel, *options, *source(), str(target)]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
 
 
@@ -189,7 +219,7 @@ def _other_format(bench: Workbench, name: str, goal: float) -> Row:
     if source != "raw":
         image = bench.converted(f"data.{source}", "-O", source)
     path = bench.directory / "target"
-    words = ["convert", "-f", source, "-O", target, str(image), str(path)]
+    words = ["convert", "-W", "-m", "16", "-f", source, "-O", target, str(image), str(path)]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], path)
 
 
@@ -217,6 +247,22 @@ def _requests(bench: Workbench, name: str, goal: float) -> Row:
     words += ["-w", "--pattern", "65"] if kind == "write" else []
     theirs = [THEIRS, *words, "-i", "io_uring", str(image)]
     return Row(name, goal, [OURS, *words, str(image)], theirs)
+
+
+def _network(bench: Workbench, name: str, goal: float) -> Row:
+    _, format, *load = name.split("-")
+    runner = [sys.executable, "-m", "bench.nbd"]
+    if format == "copy":
+        target = bench.directory / "target"
+        server = [*runner, "qemu-nbd", "raw", str(bench.dense())]
+        ours, theirs = ([*server, tool, str(target)] for tool in ("lamina-img", "nbdcopy"))
+        return Row(name, goal, ours, theirs, target)
+    image, peer = bench.dense(), "nbdkit"
+    if format == "qcow2":
+        image = bench.converted("dense.qcow2", "-O", "qcow2", source=bench.dense())
+        peer = "qemu-nbd"
+    words = [format, str(image), "-".join(load)]
+    return Row(name, goal, [*runner, "lamina-nbd", *words], [*runner, peer, *words])
 
 
 def _small(bench: Workbench, name: str, goal: float) -> Row:

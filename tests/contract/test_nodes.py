@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from tests.unit.nbd.serving import Serving
 
 from lamina.block.creation import create_image
 from lamina.block.node import Node, NodeOptions
@@ -21,6 +20,7 @@ from lamina.testing.conformance import SIZE, NodeConformance
 from lamina.wire.nbd.agreement import Agreement, Style
 from lamina.wire.nbd.negotiation_client import Wish, negotiate
 from lamina.wire.nbd.steps import Negotiation
+from tests.unit.nbd.serving import Serving
 
 
 class OnFile(NodeConformance):
@@ -175,10 +175,42 @@ class OnImage(OnFile):
         return open_node(given, session=Session(), defaults=defaults)
 
 
+class TestParallels(OnImage):
+    format = "parallels"
+    creation = {"cluster_size": "4k"}
+    resizes = False
+    discards_to_zero = True
+
+
+class TestParallelsWithOddClusters(OnImage):
+    format = "parallels"
+    creation = {"cluster_size": "63k"}
+    resizes = False
+    discards_to_zero = True
+    discard_unit = 63 << 10
+
+
 class TestQed(OnImage):
     format = "qed"
     creation = {"cluster_size": "4k", "table_size": "1"}
     shrinks = False
+
+
+class TestQcow2Subclusters(OnImage):
+    format = "qcow2"
+    creation = {"extended_l2": "on", "cluster_size": "16k"}
+
+
+class TestQcow2DataFile(OnImage):
+    format = "qcow2"
+
+    def make(self, size: int) -> Node:
+        self.creation = {**self.creation, "data_file": str(self.path / "data")}
+        return super().make(size)
+
+
+class TestQcow2RawDataFile(TestQcow2DataFile):
+    creation = {"extended_l2": "on", "data_file_raw": "on", "cluster_size": "16k"}
 
 
 class TestVdi(OnImage):
@@ -188,6 +220,27 @@ class TestVdi(OnImage):
 class TestStaticVdi(OnImage):
     format = "vdi"
     creation = {"static": "on"}
+
+
+class TestVhdx(OnImage):
+    format = "vhdx"
+    creation = {"block_size": "1M"}
+    rounds = 100
+
+
+class TestFixedVhdx(TestVhdx):
+    creation = {"block_size": "1M", "subformat": "fixed"}
+
+
+class TestDifferencingVhdx(TestVhdx):
+    """Above a parent that reads as zeroes."""
+
+    def make(self, size: int) -> Node:
+        base = str(self.path / "base")
+        create_image(base, "vhdx", session=Session(), size=size)
+        given = {"backing_file": base, "backing_fmt": "vhdx", "block_size": "1M"}
+        create_image(str(self.path / "disk"), "vhdx", session=Session(), options=given)
+        return self.open()
 
 
 class TestNbd(NodeConformance):
@@ -235,6 +288,60 @@ class TestNbdWithSimpleReplies(TestNbd):
 class TestNbdWithLargeBlocks(TestNbd):
     style = Style.STRUCTURED
     block = 4096
+
+
+class TestVmdk(OnImage):
+    format = "vmdk"
+    discards_to_zero = True
+    discard_unit = 65536
+
+
+class TestVmdkWithZeroedGrains(TestVmdk):
+    creation = {"zeroed_grain": "on"}
+
+
+class TestFlatVmdk(OnImage):
+    format = "vmdk"
+    creation = {"subformat": "monolithicFlat"}
+
+
+class TestSplitVmdk(TestVmdk):
+    creation = {"subformat": "twoGbMaxExtentSparse"}
+
+
+class TestVmdkOfTwoExtents(TestVmdk):
+    """Cut in the middle, so that most requests meet the seam."""
+
+    def make(self, size: int) -> Node:
+        for name, length in (("one", size // 2), ("two", size - size // 2)):
+            extent = str(self.path / name)
+            create_image(extent, "vmdk", session=Session(), size=length)
+        lines = [
+            f'RW {length // 512} SPARSE "{name}"'
+            for name, length in (("one", size // 2), ("two", size - size // 2))
+        ]
+        text = 'version=1\nCID=1\nparentCID=ffffffff\ncreateType="twoGbMaxExtentSparse"\n'
+        (self.path / "disk").write_text(text + "\n".join(lines) + "\n")
+
+
+class TestVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on"}
+
+
+class TestFixedVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on", "subformat": "fixed"}
+
+
+class TestDifferencingVpc(OnImage):
+    format = "vpc"
+
+    def make(self, size: int) -> Node:
+        base, name = str(self.path / "base"), str(self.path / "disk")
+        create_image(base, "vpc", session=Session(), options={"force_size": "on"}, size=size)
+        create_image(name, "vpc", session=Session(), backing_file="base", backing_format="vpc")
+        return self.open()
 
 
 @pytest.mark.skipif(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from lamina.block.driver import Fix
 from lamina.block.info import SnapshotInfo
 from lamina.block.node import NodeOptions
+from lamina.engine.disk import Disk
 from lamina.errors import LaminaError
 from lamina.formats.qcow2 import DRIVER
 from lamina.formats.qcow2.layout import OFFSET_MASK, Header
@@ -22,20 +24,39 @@ LONGEST = 1 << 24
 """Bytes: nothing that is done to a tiny image makes it grow beyond."""
 
 
-def _seed(*, snapshot: bool = False, **options: object) -> tuple[bytes, list[tuple[int, int]]]:
-    """A tiny image with every kind of cluster, and where its tables are."""
-    file = MemoryFile(make(SIZE, cluster_size=UNIT, **options))
-    disk = open_image(file, node_options=NodeOptions(read_only=False, filename="memory"))
-    disk.write(3, b"guest" * 500)
-    disk.write_compressed([(20 * UNIT, memoryview(b"packed12" * (UNIT // 8)))])
-    disk.write_compressed([(21 * UNIT, memoryview(b"c" * UNIT))])
-    disk.write(90 * UNIT, b"y" * 2 * UNIT)
+class Seed(NamedTuple):
+    content: bytes
+    spans: list[tuple[int, int]]
+    """Where its tables are."""
+    unit: int
+    data: bytes | None
+    """Of the data file, if it has one."""
+
+    def opened(self, file: MemoryFile, node_options: NodeOptions, *, check: bool = False) -> Disk:
+        data = None if self.data is None else MemoryFile(self.data, node_options)
+        return open_image(file, data=data, node_options=node_options, check=check)
+
+
+def _seed(
+    *, unit: int = UNIT, snapshot: bool = False, external: bool = False, **options: object
+) -> Seed:
+    """A tiny image with every kind of cluster."""
+    data = MemoryFile() if external else None
+    file = MemoryFile(make(SIZE // UNIT * unit, data=data, cluster_size=unit, **options))
+    writable = NodeOptions(read_only=False, filename="memory")
+    disk = open_image(file, data=data, node_options=writable)
+    disk.write(3, b"guest" * unit)
+    if not external:
+        disk.write_compressed([(20 * unit, memoryview(b"packed12" * (unit // 8)))])
+        disk.write_compressed([(21 * unit, memoryview(b"c" * unit))])
+    disk.write(90 * unit, b"y" * 2 * unit)
     if options.get("compat") != "0.10":
-        disk.write_zeroes(90 * UNIT, UNIT)
-        disk.write_zeroes(50 * UNIT, UNIT)
+        disk.write_zeroes(90 * unit, unit)
+        disk.write_zeroes(50 * unit, unit)
+        disk.write_zeroes(91 * unit + unit // 4, unit // 2)
     if snapshot:
         DRIVER.create_snapshot(disk, SnapshotInfo("", "one", 0, 0, 0, 0, 0))
-        disk.write(UNIT, b"later" * 300)
+        disk.write(unit, b"later" * 300)
     disk.close()
     content = bytes(file.content)
     header = Header.parse(content)
@@ -45,7 +66,8 @@ def _seed(*, snapshot: bool = False, **options: object) -> tuple[bytes, list[tup
         at = header.l1_table_offset + index * 8
         table = int.from_bytes(content[at : at + 8], "big") & OFFSET_MASK
         if table:
-            spans += [(table, table + UNIT)] * 2
+            used = min(unit, 100 * header.l2_entry_size)
+            spans += [(table, table + used)] * (2 if unit == UNIT else 5)
     block = header.refcount_table_offset
     block = int.from_bytes(content[block : block + 8], "big")
     spans.append((block, block + 64))
@@ -53,7 +75,7 @@ def _seed(*, snapshot: bool = False, **options: object) -> tuple[bytes, list[tup
         spans.append((header.snapshots_offset, header.snapshots_offset + 80))
     # Compressed data is among the rest.
     spans.append((0, len(content)))
-    return content, spans
+    return Seed(content, spans, unit, None if data is None else bytes(data.content))
 
 
 def fuzz_images(count: int, seed: int = 0) -> dict[str, int]:
@@ -64,19 +86,24 @@ def fuzz_images(count: int, seed: int = 0) -> dict[str, int]:
     rng = random.Random(seed)
     seeds = [_seed(), _seed(compat="0.10"), _seed(refcount_bits=1), _seed(refcount_bits=64)]
     seeds.append(_seed(snapshot=True))
+    seeds.append(_seed(external=True))
+    wide = {"unit": 16 << 10, "extended_l2": True}
+    seeds += [_seed(**wide), _seed(snapshot=True, **wide), _seed(external=True, **wide)]
+    seeds.append(_seed(external=True, data_file_raw=True))
     reached = {"opened": 0, "read": 0, "checked": 0, "repaired": 0, "clean": 0}
     for number in range(count):
-        content, spans = seeds[number % len(seeds)]
-        image = bytes(mutate(rng, content, spans))
-        _read(image, reached)
-        _check_and_repair(image, reached, rng)
+        one = seeds[number % len(seeds)]
+        image = bytes(mutate(rng, one.content, one.spans))
+        _read(one, image, reached)
+        _check_and_repair(one, image, reached, rng)
     return reached
 
 
-def _read(image: bytes, reached: dict[str, int]) -> None:
+def _read(seed: Seed, image: bytes, reached: dict[str, int]) -> None:
     file = MemoryFile(image, NodeOptions(read_only=True, filename="memory"))
+    unit = seed.unit
     try:
-        disk = open_image(file)
+        disk = seed.opened(file, file.options)
     except LaminaError:
         return
     reached["opened"] += 1
@@ -85,8 +112,8 @@ def _read(image: bytes, reached: dict[str, int]) -> None:
     for action in (
         lambda: disk.extents(0, size),
         lambda: list(disk.columns(0, size)),
-        lambda: disk.read(0, min(size, SIZE)),
-        lambda: disk.read(20 * UNIT, 2 * UNIT),
+        lambda: disk.read(0, min(size, 100 * unit)),
+        lambda: disk.read(20 * unit, 2 * unit),
         disk.info,
     ):
         failed |= not _tolerates(action)
@@ -103,11 +130,14 @@ def _tolerates(action: Callable[[], object]) -> bool:
     return True
 
 
-def _check_and_repair(image: bytes, reached: dict[str, int], rng: random.Random) -> None:
+def _check_and_repair(
+    seed: Seed, image: bytes, reached: dict[str, int], rng: random.Random
+) -> None:
     file = MemoryFile(image)
     writable = NodeOptions(read_only=False, filename="memory")
+    unit = seed.unit
     try:
-        disk = open_image(file, node_options=writable, check=True)
+        disk = seed.opened(file, writable, check=True)
     except LaminaError:
         return
     lines: list[str] = []
@@ -123,12 +153,13 @@ def _check_and_repair(image: bytes, reached: dict[str, int], rng: random.Random)
             return
         reached["clean"] += 1
         # It is sound now: it reads, takes writes, and stays sound.
-        size = min(disk.size, SIZE)
-        if size >= 4 * UNIT:
-            disk.write(rng.randrange(size - 3 * UNIT), b"after" * 200)
+        size = min(disk.size, 100 * unit)
+        if size >= 4 * unit:
+            disk.write(rng.randrange(size - 3 * unit), b"after" * 200)
+            disk.write_zeroes(rng.randrange(size - unit), unit)
             disk.flush()
         disk.close()
-        disk = open_image(MemoryFile(file.content), node_options=writable, check=True)
+        disk = seed.opened(MemoryFile(file.content), writable, check=True)
         lines.clear()
         DRIVER.check(disk, Fix(), lines.append)
         assert all(_harmless(line) for line in lines), lines

@@ -10,6 +10,9 @@ import time
 
 from tests.fuzz.headers import fuzz_headers, fuzz_tables
 from tests.fuzz.images import fuzz_images
+from tests.fuzz.nbd import fuzz_negotiation, fuzz_replies, fuzz_requests
+
+NBD = (fuzz_negotiation, fuzz_requests, fuzz_replies)
 
 
 def main(arguments: list[str]) -> None:
@@ -26,6 +29,9 @@ def main(arguments: list[str]) -> None:
     start = time.perf_counter()
     reached = fuzz_images(images, seed)
     print(f"{images} images, {reached}: {time.perf_counter() - start:.1f} s")
+    start = time.perf_counter()
+    understood = [fuzz(headers // 10, seed) for fuzz in NBD]
+    print(f"{headers // 10} of each in NBD, {understood}: {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lamina
+from tests.unit.dmg.images import pack as pack_dmg
+from tests.unit.test_bochs import redolog
+from tests.unit.test_cloop import pack as pack_cloop
 
-FORMATS = ["raw", "qcow2", "qcow", "qed", "vdi"]
+FORMATS = [
+    *("raw", "qcow2", "qcow", "qed", "vdi", "vmdk", "vpc", "parallels"),
+    *("bochs", "cloop", "dmg"),
+]
+READ_ONLY = {"bochs": redolog, "cloop": pack_cloop, "dmg": pack_dmg}
+"""Formats that we make no images of, and what makes one out of the content of a disk."""
 SECONDS = 2.0
 """Of processor time: one is the aim, and some machines are slow."""
 
@@ -28,6 +36,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     found = {}
     for format in FORMATS:
         path = home / format
+        if format in READ_ONLY:
+            found[format] = READ_ONLY[format](b"content " * 8192)
+            continue
         backing = {"backing_file": str(home / "raw")} if format.startswith("q") else {}
         if backing:
             backing["backing_format"] = "raw"

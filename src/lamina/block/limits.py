@@ -16,6 +16,8 @@ class Limits:
     max_transfer: int = 0
     write_zeroes_alignment: int = 1
     """Zeroing whole units of this size is what the node does quickly."""
+    write_unit: int = 0
+    """Writes of whole units of this size have nothing copied around them; 0: as zeroes."""
     max_write_zeroes: int = 0
     discard_alignment: int = 1
     max_discard: int = 0

@@ -203,6 +203,8 @@ def _targets(address: SocketAddress) -> list[tuple[int, Any]]:
     if address.type == "inet":
         return resolve(address)
     if address.type == "unix":
+        if not hasattr(socket, "AF_UNIX"):
+            raise StorageError("Unix sockets are not supported", errno=errno.EAFNOSUPPORT)
         return [(socket.AF_UNIX, unix_name(address))]
     if not hasattr(socket, "AF_VSOCK"):
         raise StorageError("socket family AF_VSOCK unsupported", errno=errno.EAFNOSUPPORT)

@@ -39,7 +39,7 @@ class Appender:
         """Host offset of a new place, and whether it reads as zeroes for certain from ``prefix``
         bytes on.
 
-        ``grow`` before anybody uses it. Raises StorageError (EFBIG).
+        ``reach`` its end before anything names it. Raises StorageError (EFBIG).
         """
         offset = round_up(self.end, alignment)
         end = offset + length
@@ -50,9 +50,13 @@ class Appender:
         self._touched = max(self._touched, end)
         return offset, untouched
 
-    def grow(self) -> None:
-        """Have the file hold all places that were taken. Raises StorageError."""
-        if self.file.size < self.end:
+    def reach(self, end: int) -> None:
+        """Have the file hold all places up to ``end``, whatever was written. Raises StorageError.
+
+        After writing, for then there is seldom anything to do. A file that is too short is made to
+        hold what others are still writing to as well: they must not be cut off.
+        """
+        if self.file.size < end:
             self.file.truncate(self.end, exact=False)
 
     def give_back(self, start: int, end: int) -> None:

@@ -109,7 +109,8 @@ class Disk(Node):
         return Limits(
             request_alignment=mapping.request_alignment,
             write_zeroes_alignment=mapping.unit,
-            discard_alignment=self.allocation_unit,
+            write_unit=mapping.write_unit,
+            discard_alignment=mapping.discard_unit or self.allocation_unit,
         )
 
     @property

@@ -395,8 +395,8 @@ class Writer:
     def _zero_slowly(self, start: int, end: int, flags: WriteFlags) -> None:
         """Where tables cannot say it: in places of their own."""
         mapping = self.disk.mapping
-        if mapping.request_alignment > 1:
-            # Encrypted zeroes are bytes like any others.
+        if mapping.request_alignment > 1 or mapping.encodes_always:
+            # Encrypted or compressed zeroes are bytes like any others.
             self._write_zero_bytes(start, end, flags)
             return
         unit = self.disk.allocation_unit
@@ -465,9 +465,9 @@ class Writer:
                 self._zero_slowly(extent.guest_offset, extent.end, WriteFlags.NONE)
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole allocation units only: a hint about a part of one is ignored."""
+        """Whole units only: a hint about a part of one is ignored."""
         disk = self.disk
-        unit = disk.allocation_unit
+        unit = disk.mapping.discard_unit or disk.allocation_unit
         first = round_up(offset, unit)
         last = self._last_unit(offset + length, unit)
         step = unit * TABLE_WORK

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _BATCH = MIB
 _COMPRESSED_BATCH = 4 * MIB
 """Many units, so that they can be encoded side by side."""
+_LARGEST_UNIT = 4 * MIB
+"""Units of the target up to which whole ones are gathered before they are written."""
 _MOST_RUNS = 512
 """Runs in one batch."""
 _MOST_COUNTED = 1 << 16
@@ -107,6 +109,8 @@ def convert(disks: list[Backend], target: Backend, settings: Settings) -> None:
     """Copy everything. The target is large enough. Raises what reading and writing raise."""
     if settings.compressed and not target.node.supports_compressed_writes:
         raise UsageError("Compression not supported for this file format")
+    if settings.compressed and not target.info().cluster_size:
+        raise UsageError("invalid cluster size")
     sources = SalvagedSources(disks, settings.warn) if settings.salvage else Sources(disks)
     Conversion(sources, target, settings).run()
 
@@ -119,9 +123,11 @@ class Conversion:
         self.hold_back = RateLimit(settings.rate)
         self.total = 0
         """Bytes of data that the sources hold."""
-        unit = max(target.limits.write_zeroes_alignment, 1)
+        unit = target.limits.write_unit or max(target.limits.write_zeroes_alignment, 1)
         if settings.compressed:
             unit = target.info().cluster_size or unit
+        elif unit > _LARGEST_UNIT:
+            unit = 1
         self.unit = unit
         self.batch_size = max(_COMPRESSED_BATCH if settings.compressed else _BATCH, unit)
         # Zeroes are looked for in pieces that the target can do without.

@@ -67,7 +67,7 @@ class Rebase:
         self.new = new
         self.compressed = compressed
         self.progress = progress
-        self.unit = max(disk.limits.write_zeroes_alignment, 1)
+        self.unit = disk.limits.write_unit or max(disk.limits.write_zeroes_alignment, 1)
         if compressed:
             self.unit = disk.info().cluster_size or self.unit
         self.piece_size = max(_PIECE, self.unit)

@@ -24,6 +24,7 @@ _TLS_KEYS = {
     "psk": {"dir", "endpoint", "username", "priority", "verify-peer"},
     "anon": {"dir", "endpoint", "priority", "verify-peer"},
 }
+_SWITCHES = ("verify-peer", "sanity-check")
 _TLS = "tls-creds-"
 _AUTHZ = "authz-simple"
 _TYPES = {"secret": _SECRET_KEYS, _AUTHZ: {"identity"}} | {
@@ -102,7 +103,9 @@ def _json(text: str) -> dict[str, Any]:
         trouble = "premature EOI" if at_end else "invalid syntax"
         raise UsageError(f"JSON parse error, {trouble}") from None
     for key, item in value.items():
-        if not isinstance(item, str):
+        if isinstance(item, bool) and key in _SWITCHES:
+            value[key] = "on" if item else "off"
+        elif not isinstance(item, str):
             raise UsageError(f"Invalid parameter type for '{key}', expected: string")
     return dict(value)
 

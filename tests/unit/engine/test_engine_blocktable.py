@@ -40,7 +40,7 @@ def test_appending() -> None:
     # What a crash left behind the end is no zeroes.
     assert appender.take(100, 512) == (1024, True)
     assert appender.take(300) == (1124, True)
-    appender.grow()
+    appender.reach(1200)
     assert file.size == 1424
     appender.give_back(1124, 1424)
     assert appender.take(10, 4) == (1124, False)

@@ -83,7 +83,7 @@ def test_columns_and_extents_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_image(MemoryFile(sound()))
     for unit in (512, 1024, UNIT, 65536):
         options = CreateOptions(cluster_size=unit)
-        monkeypatch.setattr("lamina.formats.qcow2.measure._MANY_CLUSTERS", 0)
+        monkeypatch.setattr("lamina.block.occupancy._MANY", 0)
         by_columns = measure(options, source)
-        monkeypatch.setattr("lamina.formats.qcow2.measure._MANY_CLUSTERS", 1 << 30)
+        monkeypatch.setattr("lamina.block.occupancy._MANY", 1 << 30)
         assert measure(options, source) == by_columns

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lamina.block.tls import ENDED
 from lamina.errors import StorageError
 from lamina.wire.nbd.steps import ProtocolError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.block.tls import Authorization
 
+_MORE: int = getattr(socket, "MSG_MORE", 0)
 _STALLED = (errno.EAGAIN, errno.EWOULDBLOCK)
 _GONE = (*_STALLED, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT)
 """What sending fails with on behalf of the connection, not of the file that is sent."""
@@ -69,11 +71,15 @@ class Carrier:
             except OSError as error:
                 raise _failure(f"read {what}", error) from None
             if not count:
-                raise StorageError(
-                    f"Failed to read {what}: Unexpected end-of-file before all data were read"
-                )
+                raise StorageError(f"Failed to read {what}: {self._ended}")
             view = view[count:]
         return bytes(data)
+
+    @property
+    def _ended(self) -> str:
+        if self._secured:
+            return f"Cannot read from TLS channel: {ENDED}"
+        return "Unexpected end-of-file before all data were read"
 
     def start_tls(self) -> None:
         from lamina.block.tls import peer_name, secure
@@ -111,7 +117,7 @@ class Carrier:
     def send_all(self, data: memoryview | bytes | bytearray, *, more: bool = False) -> None:
         """``more``: it goes on at once."""
         view = memoryview(data)
-        flags = socket.MSG_MORE if more and not self._secured else 0
+        flags = _MORE if more and not self._secured else 0
         try:
             sent = self._socket.send(view, flags)
             while sent < len(view):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lamina.block.extents import Columns, Extent
@@ -11,7 +11,6 @@ from lamina.block.info import NodeInfo
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
 from lamina.errors import ImageUnsupported
-from lamina.formats.qcow2.bitmap_layout import AUTO, IN_USE, BitmapEntry
 from lamina.formats.qcow2.layout import (
     AUTOCLEAR_RAW_DATA_FILE,
     COMPAT_LAZY_REFCOUNTS,
@@ -19,18 +18,19 @@ from lamina.formats.qcow2.layout import (
     INCOMPAT_CORRUPT,
     INCOMPAT_DIRTY,
     Header,
-    Snapshot,
 )
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.engine.disk import Disk
+    from lamina.formats.qcow2.bitmap_layout import BitmapEntry
+    from lamina.formats.qcow2.snapshot_layout import Snapshot
 
 
 def describe(
-    node: Node, header: Header, snapshots: Sequence[Snapshot], bitmaps: list[dict[str, Any]]
+    node: Node, header: Header, snapshots: Sequence[Snapshot], bitmaps: Sequence[BitmapEntry]
 ) -> NodeInfo:
-    """``node`` is the image itself; ``bitmaps``: as ``describe_bitmaps`` returned them."""
+    """``node`` is the image itself."""
     from lamina.formats.qcow2.snapshots import snapshot_info
 
     name = header.backing_file
@@ -56,7 +56,7 @@ def describe(
 
 
 def _specific(
-    header: Header, bitmaps: list[dict[str, Any]], encryption: dict[str, Any]
+    header: Header, bitmaps: Sequence[BitmapEntry], encryption: dict[str, Any]
 ) -> dict[str, Any]:
     if header.version < 3:
         return {
@@ -71,7 +71,7 @@ def _specific(
         "lazy-refcounts": bool(header.compatible_features & COMPAT_LAZY_REFCOUNTS),
     }
     if bitmaps:
-        about["bitmaps"] = bitmaps
+        about["bitmaps"] = [entry.describe() for entry in bitmaps]
     about["refcount-bits"] = header.refcount_bits
     if header.has_data_file:
         if header.data_file is not None:
@@ -83,19 +83,6 @@ def _specific(
         "corrupt": bool(header.incompatible_features & INCOMPAT_CORRUPT),
         "extended-l2": header.extended_l2,
     }
-
-
-def describe_bitmaps(entries: Iterable[BitmapEntry]) -> list[dict[str, Any]]:
-    """In QEMU's words."""
-    found = []
-    for entry in entries:
-        flags = []
-        if entry.flags & IN_USE:
-            flags.append("in-use")
-        if entry.flags & AUTO:
-            flags.append("auto")
-        found.append({"flags": flags, "name": entry.name, "granularity": entry.granularity})
-    return found
 
 
 class Inspected(Mapping):
@@ -119,7 +106,7 @@ class Inspected(Mapping):
         self.metadata = Metadata(disk.file)
 
     def info(self) -> NodeInfo:
-        return describe(self.disk, self.header, self.snapshots, describe_bitmaps(self.bitmaps))
+        return describe(self.disk, self.header, self.snapshots, self.bitmaps)
 
     def _refuse(self) -> NoReturn:
         raise ImageUnsupported("The image was opened for its metadata only")

@@ -12,7 +12,7 @@ import errno
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.qcow2.layout import MAX_OFFSET
@@ -70,6 +70,12 @@ class BitmapEntry:
     def length(self) -> int:
         """Bytes of the entry."""
         return round_up(_ENTRY.size + len(_bytes(self.name)), 8)
+
+    def describe(self) -> dict[str, Any]:
+        """In the words of QEMU's ``info``."""
+        names = {IN_USE: "in-use", AUTO: "auto"}
+        flags = [name for flag, name in names.items() if self.flags & flag]
+        return {"flags": flags, "name": self.name, "granularity": self.granularity}
 
 
 def parse_directory(directory: bytes, count: int) -> Iterator[BitmapEntry]:

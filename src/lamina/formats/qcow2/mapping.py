@@ -25,7 +25,6 @@ from lamina.formats.qcow2.layout import (
     AUTOCLEAR_RAW_DATA_FILE,
     INCOMPAT_CORRUPT,
     Header,
-    Snapshot,
     compressed_extent,
 )
 from lamina.formats.qcow2.options import Options
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.bitmaps import Bitmaps
     from lamina.formats.qcow2.encryption import Encryption
+    from lamina.formats.qcow2.snapshot_layout import Snapshot
 
 
 class Qcow2Mapping(Mapping):
@@ -195,10 +195,7 @@ class Qcow2Mapping(Mapping):
 
     @property
     def vmstate_offset(self) -> int:  # type: ignore[override]
-        """Behind the last guest address that the L2 tables of the disk cover. A data file has no
-        place for VM state, as it has none for snapshots."""
-        if self.space.external:
-            return 0
+        """Behind the last guest address that the L2 tables of the disk cover."""
         per_table = self.header.l2_entries << self.cluster_bits
         return -(-self.header.size // per_table) * per_table
 
@@ -315,11 +312,11 @@ class Qcow2Mapping(Mapping):
         return self.refcounts.uses_more_than(length // self.header.cluster_size)
 
     def info(self) -> NodeInfo:
-        from lamina.formats.qcow2.about import describe, describe_bitmaps
+        from lamina.formats.qcow2.about import describe
 
         assert self.disk is not None
         entries = self.bitmaps.entries if self.has_bitmaps else ()
-        return describe(self.disk, self.header, self.snapshots, describe_bitmaps(entries))
+        return describe(self.disk, self.header, self.snapshots, entries)
 
     def before_first_write(self) -> None:
         from lamina.formats.qcow2.header import open_for_changes

@@ -152,7 +152,7 @@ class _Check:
         # Nobody knows whose it is: each gets what is there.
         mapping = self.mapping
         copy, _ = mapping.appender.take(self.unit, self.unit)
-        mapping.appender.grow()
+        mapping.appender.reach(mapping.appender.end)
         mapping.file.write(copy, mapping.file.read(place, self.unit))
         mapping.metadata.data_written(mapping.file)
         mapping.tables.set_entry(cluster, copy)

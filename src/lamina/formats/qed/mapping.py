@@ -24,6 +24,7 @@ from lamina.formats.qed.layout import (
     AUTOCLEAR_OFFSET,
     FEATURES_OFFSET,
     IMAGE_SIZE_OFFSET,
+    MIN_CLUSTER,
     NEED_CHECK,
     ZERO_CLUSTER,
     Header,
@@ -41,6 +42,7 @@ _KINDS = {0: Kind.BELOW, ZERO_CLUSTER: Kind.ZERO}
 
 class QedMapping(Mapping):
     driver = "qed"
+    discard_unit = MIN_CLUSTER
 
     def __init__(
         self, disk: Disk, header: Header, backing_name: str | None, backing_format: str | None
@@ -143,7 +145,6 @@ class QedMapping(Mapping):
                 self._reserve_range(reservation, offset, offset + length)
             if reservation.new:
                 self._mark()
-                self.appender.grow()
         except BaseException:
             reservation.abort()
             raise
@@ -288,8 +289,15 @@ class QedReservation(Reservation):
         )
 
     def commit(self) -> None:
+        mapping = self._mapping
+        if self.new:
+            try:
+                mapping.appender.reach(self._end)
+            except BaseException:
+                self.abort()
+                raise
         for cluster, place in self.new:
-            self._mapping.tables.set_entry(cluster, place)
+            mapping.tables.set_entry(cluster, place)
 
     def abort(self) -> None:
         self._mapping.appender.give_back(self._start, self._end)

@@ -92,7 +92,7 @@ class Tables:
         start = self._appender.end
         table, untouched = self._appender.take(length, self.header.cluster_size)
         try:
-            self._appender.grow()
+            self._appender.reach(table + length)
             if not untouched:
                 self._file.write_zeroes(table, length)
                 self._metadata.data_written(self._file)

@@ -70,7 +70,7 @@ def _part(mapping: VdiMapping, block: int, number: int) -> None:
     """Nobody knows whose a block is that two entries name: each gets what is there."""
     mapping.find_end()
     place, _ = mapping.appender.take(BLOCK)
-    mapping.appender.grow()
+    mapping.appender.reach(mapping.appender.end)
     copy_within(mapping.file, mapping.base + number * BLOCK, place, BLOCK)
     mapping.metadata.data_written(mapping.file)
     mapping.table[block] = (place - mapping.base) // BLOCK

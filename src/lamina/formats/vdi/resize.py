@@ -68,7 +68,7 @@ def _make_room(mapping: VdiMapping, blocks: int) -> None:
     low = places < room
     for block, place in zip(guest[low].tolist(), places[low].tolist(), strict=True):
         target, _ = mapping.appender.take(BLOCK)
-        mapping.appender.grow()
+        mapping.appender.reach(mapping.appender.end)
         copy_within(mapping.file, mapping.base + place * BLOCK, target, BLOCK)
         mapping.metadata.data_written(mapping.file)
         mapping.table[block] = (target - mapping.base) // BLOCK
@@ -98,9 +98,9 @@ def _allocate(mapping: VdiMapping, first: int, end: int) -> None:
     for block in range(first, end):
         place, untouched = mapping.appender.take(BLOCK)
         if not untouched:
-            mapping.appender.grow()
+            mapping.appender.reach(mapping.appender.end)
             mapping.file.write_zeroes(place, BLOCK)
         mapping.table[block] = (place - mapping.base) // BLOCK
-    mapping.appender.grow()
+    mapping.appender.reach(mapping.appender.end)
     mapping.metadata.data_written(mapping.file)
     mapping.set_allocated((mapping.appender.end - mapping.base) // BLOCK, Stage.COUNTS)

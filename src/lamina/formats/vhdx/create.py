@@ -136,7 +136,6 @@ def create(options: VhdxCreateOptions, file: Node, context: CreateContext) -> No
         file.write(offset, data)
     for offset, data in _bat(layout, zero=options.block_state_zero):
         file.write(offset, data)
-    file.flush()
     file.write(0, file_identifier())
     file.flush()
 

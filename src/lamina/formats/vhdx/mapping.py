@@ -52,6 +52,7 @@ class VhdxMapping(Mapping):
         self.parameters = image.parameters
         self.size = image.parameters.size
         self.unit = image.parameters.block_size
+        self.write_unit = image.parameters.logical_sector
         self._unit_bits = self.unit.bit_length() - 1
         self.file: Node = image.file
         self.data_node = self.file
@@ -294,8 +295,7 @@ class VhdxMapping(Mapping):
         self.headers.update(**changes)
         self._told_of_data = self._told_of_data or data
         if self.metadata.log is None:
-            header = self.headers.current
-            self.metadata.log = Log(self.file, header.log_offset, header.log_guid)
+            self.metadata.log = Log(self.file, self.headers)
 
     def end_log(self) -> None:
         """Nothing is left to be replayed; what was logged is in place before."""

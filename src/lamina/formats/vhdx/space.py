@@ -106,8 +106,13 @@ class Space:
 
     def free_later(self, spans: list[tuple[int, int]]) -> None:
         """(host offset, length) that no table names any more, once that is durable."""
-        if spans:
-            self._mapping.metadata.when_durable(lambda: self._free(spans))
+        if not spans:
+            return
+        self._look()
+        for span in spans:
+            # The tables do not say so any more.
+            self._mark(*span)
+        self._mapping.metadata.when_durable(lambda: self._free(spans))
 
     def _free(self, spans: list[tuple[int, int]]) -> None:
         for host_offset, length in spans:

@@ -16,6 +16,7 @@ from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt
 from lamina.formats.vmdk.extents import GrainExtent
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN_MARKER_SIZE, UNCLEAN_FIELD, parse_marker
+from lamina.formats.vmdk.repair import renew_copy, replace_table
 from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
@@ -44,8 +45,6 @@ def check(node: Node, fix: Fix, report: Report) -> CheckResult:
     assert isinstance(mapping, VmdkMapping)
     result = CheckResult()
     with disk.exclusive():
-        if fix != Fix():
-            disk.writer.open_gate()
         for extent in mapping.extents:
             if isinstance(extent, SparseExtent):
                 SparseCheck(mapping, extent, fix, report, result).run()
@@ -109,10 +108,10 @@ class SparseCheck(GrainCheck):
         self.fix = fix if extent.writable else Fix()
         self.taken: list[npt.NDArray[np.uint32]] = []
         """Sectors at which grains begin."""
-        self.tables: list[int] = []
-        """Host offsets of tables behind the place of the first grain."""
         self.unreadable = False
         """Some table cannot be read: nothing can be said of its grains, or of what is lost."""
+        self.changed = False
+        """A repair changes what the disk reads as."""
 
     def run(self) -> None:
         header = self.extent.header
@@ -122,6 +121,8 @@ class SparseCheck(GrainCheck):
             return
         super().run()
         if not header.compressed:
+            # What repairs have added is a part of the file from now on.
+            self.mapping.metadata.commit()
             self._look_for_overlaps_and_leaks()
         if header.unclean:
             self.report("The image was not closed by its last user")
@@ -139,8 +140,10 @@ class SparseCheck(GrainCheck):
             offset = extent.table_offset(number)
         except ImageCorrupt as error:
             self.report(f"ERROR: {error}")
-            if self.fix.errors:
-                extent.replace_table(number)
+            # A stream has no room for another table.
+            if self.fix.errors and not extent.compressed:
+                self._change_content()
+                replace_table(extent, number)
                 self.result.corruptions_fixed += 1
             else:
                 self.result.corruptions += 1
@@ -148,13 +151,9 @@ class SparseCheck(GrainCheck):
             return
         if not offset:
             return
-        if offset >= extent.header.overhead:
-            self.tables.append(offset)
         if not extent.header.has_redundant:
             return
         copy = extent.copy_offset(number)
-        if copy >= extent.header.overhead:
-            self.tables.append(copy)
         table = extent.tables.get(offset)
         if copy and extent.copies.get(copy) == table:
             return
@@ -164,7 +163,7 @@ class SparseCheck(GrainCheck):
             return
         if copy:
             self._take_from_copy(number, table, extent.copies.get(copy))
-        extent.renew_copy(number)
+        renew_copy(extent, number)
         self.result.corruptions_fixed += 1
 
     def _take_from_copy(self, number: int, table: bytearray, copy: bytearray) -> None:
@@ -178,6 +177,7 @@ class SparseCheck(GrainCheck):
             sector = int(theirs[index])
             where = self.guest_sector(grain)
             self.report(f"ERROR: cluster offset for sector {where} points after EOF")
+            self._change_content()
             self.extent.set_entries(grain, [sector])
             self.result.corruptions_fixed += 1
 
@@ -205,9 +205,17 @@ class SparseCheck(GrainCheck):
         if not self.fix.errors:
             self.result.corruptions += 1
             return
+        self._change_content()
         grain = (guest_sector * SECTOR - self.extent.start) // self.extent.grain
         self.extent.set_entries(grain, [0])
         self.result.corruptions_fixed += 1
+
+    def _change_content(self) -> None:
+        """Children of the disk are to notice; repairs that change nothing for the guest are none of
+        their business."""
+        if not self.changed:
+            self.mapping.renew_cid()
+            self.changed = True
 
     def _look_at_markers(self, first: int, sectors: Sectors) -> None:
         """Every compressed grain says which one it is."""
@@ -252,7 +260,10 @@ class SparseCheck(GrainCheck):
         """Places behind that of the first grain which hold no grains, in steps of one."""
         extent = self.extent
         header = extent.header
-        places = list(self.tables)
+        places = []
+        for number in range(header.directory_entries):
+            places += [extent.table_offset(number), extent.copy_offset(number)]
+        places = [place for place in places if place >= header.overhead]
         length = header.directory_entries * ENTRY_SIZE
         for directory in (header.directory_offset, header.redundant_offset):
             if directory >= header.overhead:

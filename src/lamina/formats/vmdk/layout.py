@@ -154,8 +154,6 @@ def parse_header(data: bytes, *, structure: str = "header") -> SparseHeader:
             field="version",
             offset=4,
         )
-    if capacity * SECTOR >= 1 << 63:
-        raise StorageError("File too large", errno=errno.EFBIG)
     if table_entries > TABLE_ENTRIES:
         raise corrupt("L2 table size too big", "numGTEsPerGT", 44)
     if not table_entries or not grain:
@@ -164,6 +162,8 @@ def parse_header(data: bytes, *, structure: str = "header") -> SparseHeader:
         raise corrupt("Invalid granularity, image may be corrupt", "grainSize", 20)
     if -(-capacity // (table_entries * grain)) > MAX_DIRECTORY_ENTRIES:
         raise corrupt("L1 size too big", "capacity", 12)
+    if capacity * SECTOR >= 1 << 63:
+        raise StorageError("File too large", errno=errno.EFBIG)
     if flags & LINE_ENDINGS_VALID and line_endings != _LINE_ENDINGS:
         raise corrupt(
             "The image was damaged by a transfer in text mode", "singleEndLineChar", 73

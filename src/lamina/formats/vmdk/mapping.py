@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 class VmdkMapping(Mapping):
     driver = "vmdk"
     codec = "grain"
+    stores_compressed_plain = True
 
     def __init__(self, disk: Disk, context: OpenContext) -> None:
         self.disk = disk
@@ -68,7 +69,6 @@ class VmdkMapping(Mapping):
         only = extents[0] if len(extents) == 1 else None
         self.encodes_always = only is not None and only.compressed
         self.encoded_unit = self.unit if self.encodes_always else 0
-        self.stores_compressed_plain = any(extent.grain for extent in extents)
         self.only = only if isinstance(only, (SparseExtent, FlatExtent)) else None
         if only is not None and only.node is not None:
             self.data_node = only.node
@@ -148,12 +148,16 @@ class VmdkMapping(Mapping):
     def before_first_write(self) -> None:
         """The content is another one from now on: children are to notice, whatever happens."""
         self._changed = True
-        self.put_descriptor(self.descriptor.with_cid(new_cid()))
-        self.metadata.commit()
-        self.metadata.barrier()
+        self.renew_cid()
         for extent in self.extents:
             if isinstance(extent, StreamExtent) and extent.writable:
                 extent.begin()
+
+    def renew_cid(self) -> None:
+        """Durable when this returns. Raises what writing raises."""
+        self.put_descriptor(self.descriptor.with_cid(new_cid()))
+        self.metadata.commit()
+        self.metadata.barrier()
 
     def put_descriptor(self, descriptor: Descriptor) -> None:
         """Have it written by the next commit. Raises StorageError (ENOSPC) if it has no room."""

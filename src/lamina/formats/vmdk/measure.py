@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lamina.block.driver import Measurement
+from lamina.block.occupancy import data_units
 from lamina.formats.vmdk.create import (
     MAX_EXTENT,
     STREAM,
@@ -31,16 +32,16 @@ def measure(options: VmdkCreateOptions, source: Node | None) -> Measurement:
     subformat = check_options(options)
     size = round_up(options.size if source is None else source.size, SECTOR)
     split = subformat.startswith("twoGb")
-    lengths = [
-        min(MAX_EXTENT, size - start) for start in range(0, size, MAX_EXTENT)
-    ] if split else [size]
+    lengths = [size]
+    if split:
+        lengths = [min(MAX_EXTENT, size - start) for start in range(0, size, MAX_EXTENT)]
     outside = round_up(_DESCRIPTOR * len(lengths) // 64, _DESCRIPTOR) + _DESCRIPTOR
     if subformat.endswith("Flat"):
         return Measurement(size + outside, size + outside)
     grains = -(-size // GRAIN)
     held = 0 if source is None else grains
     if source is not None and not options.backing_file:
-        held = _grains_held(source)
+        held = data_units(source, GRAIN)
     if subformat == STREAM:
         header = stream_header(size)
         directory = header.overhead + 4 * SECTOR + header.directory_entries * ENTRY_SIZE
@@ -54,25 +55,3 @@ def measure(options: VmdkCreateOptions, source: Node | None) -> Measurement:
     if split:
         metadata += outside
     return Measurement(metadata + held * GRAIN, metadata + grains * GRAIN)
-
-
-def _grains_held(source: Node) -> int:
-    """Grains of the new image that would hold something else than zeroes."""
-    import numpy as np
-
-    from lamina.block.extents import Kind
-    from lamina.block.status import chain_columns
-
-    grains, before = 0, -1
-    for piece in chain_columns(source):
-        columns = piece.columns
-        held = ~piece.reads_zero & (columns.kind != Kind.BELOW)
-        first = columns.guest_offset[held] // GRAIN
-        if not len(first):
-            continue
-        last = (columns.guest_offset[held] + columns.length[held] - 1) // GRAIN
-        # Neighbouring rows may lie in one grain.
-        shared = int(np.count_nonzero(first[1:] == last[:-1])) + (int(first[0]) == before)
-        grains += int((last - first).sum()) + len(first) - shared
-        before = int(last[-1])
-    return grains

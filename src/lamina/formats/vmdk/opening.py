@@ -94,20 +94,38 @@ def open_extents(
         )
         return [extent]
     extents: list[VmdkExtent] = []
+    nodes: dict[str, Node | None] = {}
     start = 0
     for number, line in enumerate(source.descriptor.extents):
         node = None
         if line.access != "NOACCESS" and line.type != ZERO:
-            role = f"extents.{number}"
-            node = context.open_named(role, line.name, driver=None, relative_to=disk, part=True)
-            if node is not None:
-                disk.attach(role, node)
+            if line.name not in nodes:
+                nodes[line.name] = _open_part(disk, context, number, line)
+            elif line.type not in (FLAT, VMFS):
+                raise ImageCorrupt(
+                    f"Several extents are in the file '{line.name}'",
+                    format="vmdk",
+                    structure="descriptor",
+                    field="extents",
+                )
+            node = nodes[line.name]
         extent = extent_of_line(start, line, node, metadata, writable=writable, backed=backed)
         extents.append(extent)
         start = extent.end
     for extent in extents[:-1]:
         extent.is_last = False
     return extents
+
+
+def _open_part(
+    disk: Disk, context: OpenContext, number: int, line: ExtentLine
+) -> Node | None:
+    """The file of an extent; None where nothing is to be opened."""
+    role = f"extents.{number}"
+    node = context.open_named(role, line.name, driver=None, relative_to=disk, part=True)
+    if node is not None:
+        disk.attach(role, node)
+    return node
 
 
 def extent_of_line(

@@ -6,11 +6,13 @@ What grows is made first and named last; what shrinks loses its name first.
 from __future__ import annotations
 
 import errno
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.engine.metadata import Stage
-from lamina.errors import ImageUnsupported, StorageError, UsageError
+from lamina.errors import ImageUnsupported, LaminaError, StorageError, UsageError
 from lamina.formats.vmdk.create import MAX_EXTENT, base_name, extent_name, words, write_sparse
 from lamina.formats.vmdk.descriptor import FLAT, SPARSE, ExtentLine
 from lamina.formats.vmdk.extents import FlatExtent, VmdkExtent
@@ -24,7 +26,7 @@ from lamina.formats.vmdk.opening import extent_of_line
 from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.formats.vmdk.stream import StreamExtent, spare_directory
 from lamina.records import replace
-from lamina.units import SECTOR, round_up
+from lamina.units import SECTOR, round_down, round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 _NAMES = 1000
 """Names that are tried for a new file."""
+_PAGE = 4096
+"""Bytes that file systems free at once."""
 
 
 def resize(mapping: VmdkMapping, size: int, preallocation: Preallocation) -> None:
@@ -111,7 +115,7 @@ def _lengthen_sparse(extent: SparseExtent, length: int) -> None:
         entries += _new_tables(extent, after - before)
         if size > room:
             if place >= old.overhead:
-                extent.drop([(place, round_up(room, extent.grain))])
+                _drop(extent, [(place, round_up(room, extent.grain))])
             place = places[name] = extent.space.append(size, extent.grain)
         extent.metadata.put(Stage.TABLES, place, entries, node=extent.node)
     _replace_header(extent, replace(header, **places))
@@ -237,7 +241,7 @@ def _shrink(mapping: VmdkMapping, size: int) -> None:
         if edge < last.end:
             last.forget(edge, last.end - edge)
         header = replace(last.header, capacity=length)
-        last.drop(_tables(last, header.directory_entries))
+        _drop(last, _tables(last, header.directory_entries))
         _replace_header(last, header)
     elif not isinstance(last, FlatExtent):
         raise ImageUnsupported("Image format driver does not support resize")
@@ -259,3 +263,36 @@ def _shrink(mapping: VmdkMapping, size: int) -> None:
             extent.node.truncate(0)
             mapping.disk.replace_child(f"extents.{number}", None)
     mapping.settle()
+
+
+def _drop(extent: SparseExtent, places: list[tuple[int, int]]) -> None:
+    """Space that held tables, as (host offset, bytes), takes no room any more once nobody can find
+    it; it is not used again."""
+    if places:
+        extent.metadata.when_durable(lambda: _punch(extent, places))
+
+
+def _punch(extent: SparseExtent, places: list[tuple[int, int]]) -> None:
+    for offset, _ in places:
+        extent.tables.drop(offset)
+        extent.copies.drop(offset)
+    numbers = range(extent.header.directory_entries)
+    used = {extent.table_offset(number) for number in numbers}
+    used.update(extent.copy_offset(number) for number in numbers)
+    start = end = 0
+    for offset, length in [*sorted(places), (sys.maxsize, 0)]:
+        if offset != end:
+            _discard_pages(extent.node, start, end, used)
+            start = offset
+        end = offset + length
+
+
+def _discard_pages(node: Node, start: int, end: int, used: set[int]) -> None:
+    """Let go of a range and, where no table that is ``used`` shares them, of the rest of the pages
+    at its ends: file systems free whole ones."""
+    low, high = round_down(start, _PAGE), round_up(end, _PAGE)
+    start = low if used.isdisjoint(range(low, start, SECTOR)) else start
+    end = high if used.isdisjoint(range(end, high, SECTOR)) else end
+    if end > start:
+        with suppress(LaminaError):
+            node.discard(start, end - start)

@@ -146,7 +146,7 @@ class SparseExtent(GrainExtent):
 
     def copy_offset(self, number: int) -> int:
         """Host offset of the redundant copy of a table; 0 if there is none that is any good."""
-        if not self._has_redundant_directory:
+        if not self.has_redundant_directory:
             return 0
         try:
             return self._table_offset(self.header.redundant_offset, number)
@@ -154,7 +154,8 @@ class SparseExtent(GrainExtent):
             return 0
 
     @property
-    def _has_redundant_directory(self) -> bool:
+    def has_redundant_directory(self) -> bool:
+        """There is a second directory, and it lies in the file."""
         header = self.header
         end = header.redundant_offset + header.directory_entries * ENTRY_SIZE
         return header.has_redundant and end <= self.table_limit
@@ -274,17 +275,16 @@ class SparseExtent(GrainExtent):
         if self.table_offset(number):
             return
         header = self.header
-        size = header.table_bytes
-        place = self.space.append(
-            round_up(2 * size, SECTOR), SECTOR if self.compressed else self.grain
-        )
+        size = round_up(header.table_bytes, SECTOR)
+        place = self.space.append(2 * size, SECTOR if self.compressed else self.grain)
         self.tables.new(place)
-        self._name_table(header.directory_offset, number, place)
-        if self._has_redundant_directory:
+        self.name_table(header.directory_offset, number, place)
+        if self.has_redundant_directory:
             self.copies.new(place + size)
-            self._name_table(header.redundant_offset, number, place + size)
+            self.name_table(header.redundant_offset, number, place + size)
 
-    def _name_table(self, base: int, number: int, place: int) -> None:
+    def name_table(self, base: int, number: int, place: int) -> None:
+        """In the directory at ``base``."""
         chunk, length, at = self._directory_place(base, number)
         self.directory.get(chunk, length)
         self.directory.update(chunk, at, _ENTRY.pack(place // SECTOR))
@@ -326,30 +326,6 @@ class SparseExtent(GrainExtent):
             self.metadata.barrier()
             self.node.truncate(end)
 
-    # -- repair ----------------------------------------------------------------------------------
-
-    def replace_table(self, number: int) -> None:
-        """A new table in the place of one that cannot be, with what its copy holds."""
-        copy = self.copy_offset(number)
-        content = bytearray(self.copies.get(copy)) if copy else None
-        self._name_table(self.header.directory_offset, number, self._new_table(content))
-
-    def renew_copy(self, number: int) -> None:
-        """Let the redundant copy of a table, a new one if need be, say what the table says."""
-        table = self.tables.get(self.table_offset(number))
-        copy = self.copy_offset(number)
-        if copy:
-            self.copies.update(copy, 0, table)
-        elif self._has_redundant_directory:
-            place = self.space.append(self.header.table_bytes, self.grain)
-            self.copies.new(place, bytearray(table))
-            self._name_table(self.header.redundant_offset, number, place)
-
-    def _new_table(self, content: bytearray | None) -> int:
-        place = self.space.append(self.header.table_bytes, self.grain)
-        self.tables.new(place, content)
-        return place
-
     # -- zeroes ----------------------------------------------------------------------------------
 
     def zero(self, offset: int, length: int) -> bool:
@@ -377,24 +353,6 @@ class SparseExtent(GrainExtent):
     def forget(self, offset: int, length: int) -> None:
         """Whole grains are no part of the disk any more."""
         self._clear(offset, length, 0)
-
-    def drop(self, places: list[tuple[int, int]]) -> None:
-        """Space that held metadata, as (host offset, bytes), takes no room any more once nobody can
-        find it; it is not used again."""
-        if places:
-            self.metadata.when_durable(lambda: self._punch(places))
-
-    def _punch(self, places: list[tuple[int, int]]) -> None:
-        start = end = 0
-        for offset, length in [*sorted(places), (sys.maxsize, 0)]:
-            self.tables.drop(offset)
-            self.copies.drop(offset)
-            if offset != end:
-                if end > start:
-                    with suppress(LaminaError):
-                        self.node.discard(start, end - start)
-                start = offset
-            end = offset + length
 
     def _covered(self, offset: int, length: int) -> Iterator[tuple[int, int, Entries | None]]:
         first = (offset - self.start) // self.grain

@@ -75,7 +75,7 @@ class StreamExtent(SparseExtent):
             place = self.space.append(SECTOR + size, SECTOR)
             self.metadata.put(Stage.TABLES, place, pack_marker(MARKER_TABLE, size), node=self.node)
             place += SECTOR
-            self._name_table(header.directory_offset, number, place)
+            self.name_table(header.directory_offset, number, place)
             self.tables.new(place, self._open.pop(number))
 
     # -- the end of the stream -------------------------------------------------------------------

@@ -121,7 +121,7 @@ def _part(mapping: DynamicMapping, block: int, place: int) -> None:
     """Nobody knows whose the shared bytes are: each block gets what is there."""
     length = mapping.block_bytes
     target, _ = mapping.appender.take(length, SECTOR)
-    mapping.appender.grow()
+    mapping.appender.reach(mapping.appender.end)
     copy_within(mapping.file, place, target, length)
     mapping.metadata.data_written(mapping.file)
     mapping.table[block] = target // SECTOR

@@ -44,6 +44,8 @@ def rounded_up(sectors: int) -> tuple[int, Geometry]:
     itself if none is so large."""
     if sectors > MAX_CHS_SECTORS:
         return sectors, LARGEST
+    if not sectors:
+        return 0, (0, 0, 0)
     tried = sectors
     while True:
         found = geometry(tried)

@@ -26,6 +26,8 @@ def resize(mapping: VpcMapping, size: int, preallocation: Preallocation) -> None
     layout.check_size(size)
     footer = _of_size(mapping.footer, size)
     if isinstance(mapping, FixedMapping):
+        if preallocation is Preallocation.METADATA:
+            raise ImageUnsupported("Unsupported preallocation mode 'metadata'")
         _resize_fixed(mapping.file, mapping.size, size, footer, preallocation)
     else:
         assert isinstance(mapping, DynamicMapping)
@@ -51,18 +53,21 @@ def _of_size(footer: Footer, size: int) -> Footer:
 def _resize_fixed(
     file: Node, old_size: int, size: int, footer: Footer, preallocation: Preallocation
 ) -> None:
-    """The new footer first. The old one, which is data now, is zeroed when that is durable."""
+    """The new footer first, with one write that makes the file longer: the file ends with a footer
+    all the time. The old one, which is data now, is zeroed when that is durable."""
     if size < old_size:
         file.write(size, footer.pack())
         file.flush()
         file.truncate(size + FOOTER_SIZE, exact=False)
         return
-    # What lies between the disk and the end of the file is not part of either size.
-    file.truncate(max(size + FOOTER_SIZE, file.size), preallocation, exact=False)
+    end = file.size
     file.write(size, footer.pack())
     file.flush()
-    file.write_zeroes(old_size, min(size - old_size, FOOTER_SIZE))
     file.truncate(size + FOOTER_SIZE, exact=False)
+    # What lay between the disk and the end of the file was part of neither.
+    file.write_zeroes(old_size, min(size, end) - old_size)
+    if preallocation is not Preallocation.OFF:
+        file.write_zeroes(old_size, size - old_size)
 
 
 def _prepare_to_grow(mapping: DynamicMapping, blocks: int) -> None:
@@ -77,7 +82,7 @@ def _prepare_to_grow(mapping: DynamicMapping, blocks: int) -> None:
     metadata.commit()
     length = round_up(4 * blocks, SECTOR)
     place, _ = mapping.appender.take(length, SECTOR)
-    mapping.appender.grow()
+    mapping.appender.reach(mapping.appender.end)
     write_free(file, place, place + length)
     for first, entries in table.runs(0, header.max_table_entries):
         if sys.byteorder == "little":
@@ -107,8 +112,18 @@ def _publish(mapping: DynamicMapping, footer: Footer) -> None:
 
 
 def _drop_blocks(mapping: DynamicMapping, first: int) -> None:
-    """What lies behind the end of the disk must not come back when it grows."""
+    """What lies behind the end of the disk must not come back when it grows. Blocks that end the
+    file go with it; others leave gaps, which nothing counts."""
     for index, entries in mapping.table.runs(first, mapping.header.max_table_entries - first):
         for block, entry in enumerate(entries, index):
             if entry != FREE:
                 mapping.table[block] = FREE
+    metadata = mapping.metadata
+    metadata.commit()
+    metadata.barrier()
+    mapping.disk.drain_reads()
+    mapping.appender.end = mapping.find_end()
+    mapping.trailer.touch()
+    metadata.commit()
+    metadata.barrier()
+    mapping.appender.trim(keep=FOOTER_SIZE)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from lamina.errors import StorageError
+from lamina.errors import ImageUnsupported, StorageError
 
 if TYPE_CHECKING:
     import ssl
@@ -24,10 +24,14 @@ Buffers = Sequence["memoryview | bytes | bytearray"]
 _MOST_BUFFERS = 1000
 """Of one call; hosts take 1024."""
 _TLS_PIECE = 64 << 10
+"""Bytes that are given to the TLS library at a time."""
 
 
 class PlainChannel:
     def __init__(self, connection: socket.socket) -> None:
+        """Raises ImageUnsupported where the host cannot send without waiting."""
+        if not hasattr(socket, "MSG_DONTWAIT") or not hasattr(select, "poll"):
+            raise ImageUnsupported("NBD is not supported on this system")
         self._socket = connection
         self._poll_in = self._polled(select.POLLIN)
         self._poll_out = self._polled(select.POLLOUT)
@@ -86,12 +90,14 @@ class TlsChannel(PlainChannel):
 
         # After a refusal the library wants to see the same bytes again: it does, as they are
         # still the first of those to be sent.
-        piece = buffers[0]
-        if len(piece) < _TLS_PIECE and len(buffers) > 1:
-            piece = b"".join(buffers[:_MOST_BUFFERS])
+        piece = bytearray()
+        for buffer in buffers:
+            piece += memoryview(buffer)[: _TLS_PIECE - len(piece)]
+            if len(piece) == _TLS_PIECE:
+                break
         try:
             with self._turn:
-                return self._secured.send(memoryview(piece)[:_TLS_PIECE])
+                return self._secured.send(piece)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
 

@@ -42,10 +42,6 @@ class Connections:
         self._pause = _FIRST_PAUSE
         self._closed = threading.Event()
 
-    @property
-    def secure(self) -> bool:
-        return self._connector.secure
-
     def run(self, requests: Sequence[Request]) -> None:
         """Until all are answered; what was in flight when a connection broke is sent again.
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _LONGEST_COMPACT = (1 << 32) - (1 << 16)
 """Bytes that a request without extended headers can speak of, in whole blocks of any size."""
 _LONGEST = 1 << 62
+_MOST_EXTENTS = 1 << 22
+_MOST_ROUNDS = 1 << 14
+"""Of one question about block status: what a server does not tell by then is taken for data."""
 
 
 class NbdNode(Node):
@@ -39,12 +42,15 @@ class NbdNode(Node):
         address: SocketAddress,
         *,
         is_bitmap: bool,
+        secure: bool,
     ) -> None:
-        """``is_bitmap``: block status is that of a dirty bitmap or another foreign context."""
+        """``is_bitmap``: block status is that of a dirty bitmap or another foreign context;
+        ``secure``: the name that opens it begins with ``nbds``."""
         super().__init__(options)
         self._connections = connections
         self._address = address
         self._is_bitmap = is_bitmap
+        self._secure = secure
         agreed = connections.agreement
         self._export = agreed.export
         self._flags = agreed.export.flags
@@ -85,7 +91,7 @@ class NbdNode(Node):
                 place.port,
                 place.path,
                 self._export.name,
-                secure=self._connections.secure,
+                secure=self._secure,
             )
         return name or self.options.filename
 
@@ -219,7 +225,13 @@ class NbdNode(Node):
         block = self._limits.request_alignment
         behind = offset + length
         end = min(behind, self._export.size)
+        rounds = 0
         while offset < end:
+            rounds += 1
+            if rounds > _MOST_ROUNDS or len(found) > _MOST_EXTENTS:
+                self._append(found, offset, end - offset, 0)
+                offset = end
+                break
             start = round_down(offset, block)
             asked = min(round_up(end, block) - start, self._longest)
             request = Request(nbd.CMD_BLOCK_STATUS, start, asked)
@@ -238,18 +250,23 @@ class NbdNode(Node):
         return found
 
     def _append(self, found: list[Extent], offset: int, length: int, value: int) -> None:
-        if self._is_bitmap:
+        one = Extent(offset, length, Kind.DATA, self, offset)
+        if value & nbd.STATE_ZERO:
+            stored = 0 if value & nbd.STATE_HOLE else length
+            one = one._replace(kind=Kind.ZERO, stored_length=stored)
+        elif value & nbd.STATE_HOLE and self._is_bitmap:
             # As QEMU has it: what is dirty is shown as absent.
-            kind = Kind.BELOW if value & nbd.STATE_HOLE else Kind.DATA
-        else:
-            kind = Kind.ZERO if value & nbd.STATE_ZERO else Kind.DATA
+            one = Extent(offset, length, Kind.BELOW, self)
         last = found[-1] if found else None
-        if last is not None and last.kind == kind and last.end == offset:
-            found[-1] = last._replace(length=last.length + length)
-        elif kind == Kind.BELOW:
-            found.append(Extent(offset, length, kind, self))
+        alike = last is not None and (last.kind, bool(last.stored_length)) == (
+            one.kind,
+            bool(one.stored_length),
+        )
+        if last is not None and alike and last.end == offset:
+            stored = last.stored_length + one.stored_length
+            found[-1] = last._replace(length=last.length + length, stored_length=stored)
         else:
-            found.append(Extent(offset, length, kind, self, offset))
+            found.append(one)
 
     # -- size and life ---------------------------------------------------------------------------
 

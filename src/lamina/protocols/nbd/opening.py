@@ -54,7 +54,13 @@ def open_nbd(
             if not node_options.auto_read_only:
                 raise Refused("Could not open image: Permission denied", errno=errno.EACCES)
             read_only = True
-        node = NbdNode(node_options, connections, address, is_bitmap=bool(options.x_dirty_bitmap))
+        node = NbdNode(
+            node_options,
+            connections,
+            address,
+            is_bitmap=bool(options.x_dirty_bitmap),
+            secure=options.tls,
+        )
         node.read_only = read_only
     except BaseException:
         connections.close()

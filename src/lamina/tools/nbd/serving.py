@@ -31,9 +31,11 @@ def serve(tool: Tool, settings: Settings) -> int:
     tls = credentials(tool, settings.tls_creds, "server")
     authorization = _authorization(tool, settings.tls_authz)
     context = tls.context() if tls else None
-    passed = _passed_sockets()
+    passed = _passed_sockets(tool)
     with ExitStack() as cleanup:
-        daemon = Daemon(tool, fork=settings.fork, pid_file=settings.pid_file)
+        daemon = Daemon(
+            fork=settings.fork, pid_file=settings.pid_file, talkative=settings.verbose
+        )
         cleanup.callback(daemon.close)
         sockets: list[socket.socket] = []
         if passed:
@@ -103,7 +105,7 @@ def _authorization(tool: Tool, name: str | None) -> Authorization | None:
     return found
 
 
-def _passed_sockets() -> list[socket.socket]:
+def _passed_sockets(tool: Tool) -> list[socket.socket]:
     """Listening sockets of systemd's socket activation. Raises UsageError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
@@ -112,7 +114,7 @@ def _passed_sockets() -> list[socket.socket]:
     except ValueError:
         return []
     if count > 1:
-        raise UsageError("qemu-nbd does not support socket activation with LISTEN_FDS > 1")
+        raise UsageError(f"{tool.name} does not support socket activation with LISTEN_FDS > 1")
     found = []
     for fd in range(_FIRST_PASSED, _FIRST_PASSED + count):
         try:
