@@ -147,6 +147,7 @@ CONVERSIONS = [
     ("vpc-raw", 1.0),
 ]
 OTHER_FORMATS = {"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"}
+"""Converted from and to raw, without further options."""
 TABLES = [
     ("check-full", 3.0),
     ("check-fragmented", 8.0),

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from tests.unit.nbd.serving import Serving
 
 from lamina.block.creation import create_image
 from lamina.block.node import Node, NodeOptions
@@ -21,6 +20,7 @@ from lamina.testing.conformance import SIZE, NodeConformance
 from lamina.wire.nbd.agreement import Agreement, Style
 from lamina.wire.nbd.negotiation_client import Wish, negotiate
 from lamina.wire.nbd.steps import Negotiation
+from tests.unit.nbd.serving import Serving
 
 
 class OnFile(NodeConformance):

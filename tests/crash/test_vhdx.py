@@ -84,7 +84,7 @@ def test_power_cuts(kind: str) -> None:
     subformat = "fixed" if kind == "fixed" else None
     initial = make(SIZE, parent=parent, subformat=subformat, logical_sector_size=sector)
     cuts = 0
-    workload = random_work(len(kind), 14, parent)
+    workload = random_work(len(kind), 9 if sector == 4096 else 14, parent)
     for cut in power_cuts(workload, initial=initial, guest_content=below, seed=3, subsets=1):
         cut.verify(read_after(cut.content, parent))
         cuts += 1

@@ -18,11 +18,9 @@ from lamina.formats.qcow2.layout import (
     BitmapsExtension,
     CryptoExtension,
     Header,
-    Snapshot,
     compressed_extent,
-    pack_snapshots,
-    parse_snapshots,
 )
+from lamina.formats.qcow2.snapshot_layout import Snapshot, pack_snapshots, parse_snapshots
 from tests.fuzz.mutation import mutate
 
 _TABLES = {

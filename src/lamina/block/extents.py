@@ -44,7 +44,8 @@ class Extent(NamedTuple):
     no host offset: set by who cannot tell what is read there."""
     host_offset: int = -1
     stored_length: int = 0
-    """ENCODED: bytes at ``host_offset`` that hold the encoded unit (an upper bound will do)."""
+    """ENCODED: bytes at ``host_offset`` that hold the encoded unit (an upper bound will do). ZERO:
+    not 0 where zeroes are stored as any data are."""
     codec: str = ""
     """ENCODED: a name in ``lamina.codecs``."""
     unit_offset: int = 0

@@ -107,7 +107,10 @@ def _descend(
     below = base if last else layers[depth + 1]
     for extent in layers[depth].extents(offset, length):
         if extent.kind != Kind.BELOW:
-            found.append(Status(extent, depth, extent.kind == Kind.ZERO))
+            reads_zero = extent.kind == Kind.ZERO
+            if reads_zero and extent.stored_length:
+                extent = extent._replace(kind=Kind.DATA, stored_length=0)
+            found.append(Status(extent, depth, reads_zero))
             continue
         inside = 0
         if below is not None:

@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     import ssl
 
 PSK_KEYS = "keys.psk"
+ENDED = "The TLS connection was non-properly terminated."
+"""What QEMU says where a connection ends without saying so."""
+_VERIFY_ERRORS = {
+    10: "The certificate has expired",
+    18: "The certificate hasn't got a known issuer",
+    19: "The certificate hasn't got a known issuer",
+    20: "The certificate hasn't got a known issuer",
+    21: "The certificate hasn't got a known issuer",
+    23: "The certificate has been revoked",
+    62: "Certificate does not match the hostname {}",
+    64: "Certificate does not match the hostname {}",
+}
+"""OpenSSL's numbers (X509_V_ERR_…), and QEMU's sentences."""
 _NO_PEER = "@SECLEVEL=0:aNULL"
 """OpenSSL's name for the suites that nobody authenticates."""
 
@@ -206,13 +219,15 @@ def secure(
             connection, server_side=server, server_hostname=None if server else hostname
         )
     except ssl.SSLCertVerificationError as error:
-        text = error.verify_message
-        raise StorageError(f"TLS handshake failed: {text}", errno=errno.EINVAL) from None
+        text = _VERIFY_ERRORS.get(error.verify_code) or f"Verify failed: {error.verify_message}"
+        raise StorageError(text.format(hostname), errno=errno.EINVAL) from None
     except ssl.SSLError as error:
-        text = error.reason or "The TLS connection was non-properly terminated."
+        if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+            raise StorageError("Verify failed: No certificate was found.") from None
+        text = ENDED if error.reason in (None, "UNEXPECTED_EOF_WHILE_READING") else error.reason
         raise StorageError(f"TLS handshake failed: {text}", errno=errno.EINVAL) from None
     except TimeoutError:
         raise StorageError("TLS handshake failed: it takes too long") from None
     except OSError as error:
-        text = error.strerror or "The TLS connection was non-properly terminated."
+        text = error.strerror or ENDED
         raise StorageError(f"TLS handshake failed: {text}", errno=error.errno) from None

@@ -31,8 +31,8 @@ CHUNK = 1 << 20
 """Bytes of a table that are loaded at once: a huge, sparse one is not loaded as a whole."""
 CHUNKS = 16
 """So many are kept while they are clean."""
-FEW = 1 << 14
-"""Entries that are looked at one by one rather than loading numpy."""
+FEW = 1 << 20
+"""Entries that are looked at without numpy, which takes a while to load."""
 
 
 class BlockTable:
@@ -112,7 +112,7 @@ class BlockTable:
         found = -1
         if self.entries <= FEW:
             for _, run in self.runs(0, self.entries):
-                found = max(found, max((n for n in run if n not in special), default=-1))
+                found = max(found, max(set(run).difference(special), default=-1))
             return found
         for _, column in self.columns(0, self.entries):
             for value in special:

@@ -110,7 +110,7 @@ class Disk(Node):
             request_alignment=mapping.request_alignment,
             write_zeroes_alignment=mapping.unit,
             write_unit=mapping.write_unit,
-            discard_alignment=self.allocation_unit,
+            discard_alignment=mapping.discard_unit or self.allocation_unit,
         )
 
     @property

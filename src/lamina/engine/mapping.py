@@ -93,6 +93,9 @@ class Mapping(ABC):
     requests that change tables: a multiple of ``unit``. 0: the same as ``unit``."""
     metadata: Metadata
 
+    discard_unit: int = 0
+    """What discards are whole multiples of; 0: ``allocation_unit``. Less where a discard changes no
+    table and the storage of any part can go."""
     write_unit: int = 0
     """Writes of whole multiples of this have nothing copied around them; 0: ``unit``. Less where
     the rest of a new unit reads as zeroes by itself, or stays below."""

@@ -465,9 +465,9 @@ class Writer:
                 self._zero_slowly(extent.guest_offset, extent.end, WriteFlags.NONE)
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole allocation units only: a hint about a part of one is ignored."""
+        """Whole units only: a hint about a part of one is ignored."""
         disk = self.disk
-        unit = disk.allocation_unit
+        unit = disk.mapping.discard_unit or disk.allocation_unit
         first = round_up(offset, unit)
         last = self._last_unit(offset + length, unit)
         step = unit * TABLE_WORK

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _BATCH = MIB
 _COMPRESSED_BATCH = 4 * MIB
 """Many units, so that they can be encoded side by side."""
+_LARGEST_UNIT = 4 * MIB
+"""Units of the target up to which whole ones are gathered before they are written."""
 _MOST_RUNS = 512
 """Runs in one batch."""
 _MOST_COUNTED = 1 << 16
@@ -124,6 +126,8 @@ class Conversion:
         unit = target.limits.write_unit or max(target.limits.write_zeroes_alignment, 1)
         if settings.compressed:
             unit = target.info().cluster_size or unit
+        elif unit > _LARGEST_UNIT:
+            unit = 1
         self.unit = unit
         self.batch_size = max(_COMPRESSED_BATCH if settings.compressed else _BATCH, unit)
         # Zeroes are looked for in pieces that the target can do without.

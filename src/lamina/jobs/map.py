@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Kind
 from lamina.block.status import chain, chain_columns, chain_extents
+from lamina.units import SECTOR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,8 +75,13 @@ def map_rows(node: Node, offset: int, length: int) -> Iterator[Rows]:
 
 
 def _is_large(node: Node, length: int) -> bool:
-    units = [layer.unfiltered.info().cluster_size for layer in chain(node)]
-    return any(length // unit > _MANY_UNITS for unit in units if unit)
+    return any(length // _unit(layer.unfiltered) > _MANY_UNITS for layer in chain(node))
+
+
+def _unit(layer: Node) -> int:
+    """Bytes that have one fate in a layer. Not every format tells its clusters to people."""
+    unit = layer.info().cluster_size or layer.limits.write_zeroes_alignment
+    return unit if unit > SECTOR else _STEP
 
 
 class _Fates:

@@ -10,8 +10,9 @@ from lamina.block.backend import Backend
 from lamina.block.extents import Kind
 from lamina.block.permissions import Perm
 from lamina.errors import LaminaError
-from lamina.jobs.convert import Settings, convert
+from lamina.jobs.convert import Conversion, Settings, convert
 from lamina.jobs.rate import RateLimit
+from lamina.jobs.sources import Sources
 from lamina.jobs.zeroes import between, zero_runs
 
 from .memory import MemoryDisk
@@ -217,3 +218,15 @@ def test_zero_runs_are_all_the_zero_granules(seed: int) -> None:
     long = zero_runs(buffer, start, len(buffer), granule, 2 * granule, phase)
     everything = runs == [(start, len(buffer))]
     assert long == [run for run in runs if everything or run[1] - run[0] >= 2 * granule]
+
+
+def test_huge_units_are_written_in_parts() -> None:
+    """Whole ones would not fit into memory: some formats have units of gigabytes."""
+    unit = 1 << 30
+    source = random_disk(random.Random(1), 3 << 20)
+    target = MemoryDisk(3 << 20, unit=unit)
+    with backend(source) as one, backend(target) as other:
+        conversion = Conversion(Sources([one]), other, Settings(target_is_zero=True))
+        assert conversion.batch_size == 1 << 20
+        conversion.run()
+        assert other.read(0, 3 << 20) == one.read(0, 3 << 20)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import struct
 import uuid
 
 import pytest
 
 from lamina.block.node import NodeOptions
-from lamina.errors import ImageCorrupt, ImageUnsupported
+from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
 from lamina.testing.memory import MemoryFile
 from tests.unit.parallels.images import (
     ALL,
@@ -150,3 +152,25 @@ def test_unknown_features():
         open_image(MemoryFile(necessary))
     with pytest.raises(ImageUnsupported, match="must know to change it"):
         disk.reopen(read_only=False)
+
+
+def test_fuzz():
+    """With the checksum put right, so that what is behind it is looked at."""
+    rng = random.Random(1)
+    seed = bitmap_feature(SECTORS, [1], granularity=1) + bitmap_feature(1, [0], magic=99)
+    accepted = 0
+    for _ in range(800):
+        feature = bytearray(seed)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(feature))
+            junk = rng.choice((b"\xff" * 8, bytes(4), b"\1", rng.randbytes(1), rng.randbytes(8)))
+            feature[at : at + len(junk)] = junk
+        content = with_extension(empty_image(SIZE), bytes(feature[:200]))
+        with contextlib.suppress(LaminaError):
+            disk = opened(content)
+            for bitmap in disk.dirty_bitmaps:
+                list(bitmap.ranges())
+            accepted += 1
+        with contextlib.suppress(LaminaError):
+            verify(content, ALL)
+    assert accepted > 50

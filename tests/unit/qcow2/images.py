@@ -13,8 +13,9 @@ from lamina.block.options import parse
 from lamina.engine.disk import Disk
 from lamina.formats.qcow2 import DRIVER
 from lamina.formats.qcow2.create import create
-from lamina.formats.qcow2.layout import Header, parse_snapshots
+from lamina.formats.qcow2.layout import Header
 from lamina.formats.qcow2.options import CreateOptions, Options
+from lamina.formats.qcow2.snapshot_layout import parse_snapshots
 from lamina.testing.context import NodesContext
 from lamina.testing.memory import MemoryFile
 

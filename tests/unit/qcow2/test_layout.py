@@ -12,12 +12,10 @@ from lamina.formats.qcow2.layout import (
     BitmapsExtension,
     CryptoExtension,
     Header,
-    Snapshot,
     compressed_entry,
     compressed_extent,
-    pack_snapshots,
-    parse_snapshots,
 )
+from lamina.formats.qcow2.snapshot_layout import Snapshot, pack_snapshots, parse_snapshots
 
 from .images import make
 

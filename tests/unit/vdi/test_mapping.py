@@ -75,6 +75,9 @@ def test_zeroes_and_discards_take_no_space() -> None:
     assert file.calls == ["zero"]
     disk.discard(0, 5 * UNIT)
     assert file.calls == ["zero", "discard"]
+    disk.write(UNIT, b"x" * 3 * 4096)
+    disk.discard(UNIT + 100, 2 * 4096)
+    assert disk.read(UNIT, 3 * 4096) == b"x" * 4096 + bytes(4096) + b"x" * 4096
     disk.close()
     assert allocated(file) == 1
 

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from lamina.engine.metadata import DirtyWrite
-from lamina.errors import ImageCorrupt, LaminaError
+from lamina.errors import ImageCorrupt, LaminaError, StorageError
 from lamina.formats.vhdx.headers import Headers
 from lamina.formats.vhdx.layout import NO_GUID, new_guid
 from lamina.formats.vhdx.log import Change, Log, pack_entry, parse_entry, parse_entry_header
@@ -241,8 +241,10 @@ def test_guids_change_with_the_first_write_only():
 
 
 def test_many_changes_are_logged_in_several_entries():
-    file = MemoryFile(bytes(4 * MIB))
-    log = Log(file, MIB, new_guid())
+    file = MemoryFile(make(MIB))
+    headers = Headers(file)
+    headers.update(log_guid=new_guid())
+    log = Log(file, headers)
     writes = [
         DirtyWrite(2 * MIB, bytes(100 * 4096), ""),
         DirtyWrite(3 * MIB, memoryview(b"x" * 80 * 4096), ""),
@@ -256,7 +258,7 @@ def test_many_changes_are_logged_in_several_entries():
         changes = parse_entry(file.read(MIB, header.length))
         assert [(one.offset, one.data) for one in changes] == [
             (offset + skip, bytes(data[skip : skip + 4096]))
-            for offset, data, _ in group
+            for offset, data, *_ in group
             for skip in range(0, len(data), 4096)
         ]
     with pytest.raises(ValueError, match="whole sectors"):
@@ -267,3 +269,33 @@ def test_numbers_of_descriptors_that_do_not_fit():
     packed = bytearray(entry([Change(0, 4096, None)]))
     packed[24:28] = struct.pack("<I", 0xFFFFFFFF)
     assert parse_entry_header(packed) is None
+
+
+@pytest.mark.parametrize("kind", ["write", "flush"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_log_that_could_not_be_closed_goes_on(kind, number):
+    """The headers may or may not say that it is empty: they are written anew before it is used."""
+    file = MemoryFile(IMAGE)
+    disk = open_image(file)
+    disk.write(0, b"a" * 100)
+    disk.flush()
+    left = [number]
+
+    def hook(what: str, offset: int, length: int) -> None:
+        if what == kind:
+            left[0] -= 1
+            if not left[0]:
+                raise StorageError.from_errno(5)
+
+    file.hook = hook
+    with pytest.raises(StorageError):
+        disk.mapping.end_log()
+    file.hook = None
+    assert not disk.mapping.headers.certain
+    disk.write(2 * MIB, b"b" * 100)
+    disk.mapping.metadata.commit()
+    seen = [one.header.guid for one in Pending(file, Headers(file).current).entries]
+    assert seen == [disk.mapping.headers.current.log_guid]
+    disk.close()
+    with open_image(file) as again:
+        assert again.read(2 * MIB, 100) == b"b" * 100

@@ -80,6 +80,7 @@ def test_bitmaps_take_whole_sectors(size: int, length: int) -> None:
         (544, struct.pack(">I", 3 << 20), "Invalid block size 3145728"),
         (540, struct.pack(">I", 0), "Page table too small"),
         (540, struct.pack(">I", 0x40000001), "Max Table Entries too large (1073741825)"),
+        (540, struct.pack(">I", 1 << 25), "Too many blocks: 33554432, of 4096 bytes"),
         (
             528,
             struct.pack(">Q", 1 << 60),

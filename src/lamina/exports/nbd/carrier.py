@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lamina.block.tls import ENDED
 from lamina.errors import StorageError
 from lamina.wire.nbd.steps import ProtocolError
 
@@ -70,11 +71,15 @@ class Carrier:
             except OSError as error:
                 raise _failure(f"read {what}", error) from None
             if not count:
-                raise StorageError(
-                    f"Failed to read {what}: Unexpected end-of-file before all data were read"
-                )
+                raise StorageError(f"Failed to read {what}: {self._ended}")
             view = view[count:]
         return bytes(data)
+
+    @property
+    def _ended(self) -> str:
+        if self._secured:
+            return f"Cannot read from TLS channel: {ENDED}"
+        return "Unexpected end-of-file before all data were read"
 
     def start_tls(self) -> None:
         from lamina.block.tls import peer_name, secure

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROOT = "Parallels_disk_image"
 MAX_SIZE = 4 << 20
 """Bytes of a descriptor: usual are a few thousand."""
-MAX_IMAGES = 1000
+MAX_IMAGES = 256
 TOP = "{5fbaabe3-6958-40ff-92a7-860e329aab41}"
 """The image on top, where the descriptor does not say otherwise."""
 NOBODY = "{00000000-0000-0000-0000-000000000000}"

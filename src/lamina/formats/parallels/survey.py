@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from lamina.records import dataclass, field
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from lamina.engine.blocktable import BlockTable
     from lamina.formats.parallels.layout import Header
 
@@ -94,17 +97,24 @@ def _survey_columns(table: BlockTable, header: Header, file_size: int) -> Survey
 
     unit = header.cluster_size
     result = Survey()
-    parts = [entries for _, entries in table.columns(0, table.entries)]
-    place = np.concatenate(parts) * header.entry_scale
-    here = place != 0
-    bad = here & ((place < header.table_end) | (place + unit > file_size))
-    result.outside = np.flatnonzero(bad).tolist()
-    here &= ~bad
-    follows = here[1:] & here[:-1]
-    result.fragmented = int(np.count_nonzero(follows & (np.diff(place) != unit)))
-    blocks = np.flatnonzero(here)
+    found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    before = 0  # the last place of the chunk before, 0 if there is none
+    for index, entries in table.columns(0, table.entries):
+        place = entries * header.entry_scale
+        here = place != 0
+        outside = here & ((place < header.table_end) | (place + unit > file_size))
+        result.outside += (index + np.flatnonzero(outside)).tolist()
+        here &= ~outside
+        place[~here] = 0
+        last = np.concatenate(([before], place[:-1]))
+        result.fragmented += int(
+            np.count_nonzero(here & (last != 0) & (last + unit != place))
+        )
+        before = int(place[-1])
+        blocks = np.flatnonzero(here)
+        found.append((place[blocks], index + blocks))
+    places, blocks = (np.concatenate(column) for column in zip(*found, strict=True))
     result.allocated = len(blocks)
-    places = place[blocks]
     order = np.argsort(places, kind="stable")
     places, blocks = places[order], blocks[order]
     gaps = np.diff(places)

@@ -59,7 +59,10 @@ class Qcow2Driver(Driver):
         from lamina.formats.qcow2.check import check
 
         with _exclusive(node) as mapping:
-            return check(mapping, fix, report)
+            result = check(mapping, fix, report)
+            if mapping.has_bitmaps:
+                mapping.bitmaps.attach()
+            return result
 
     def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
         from lamina.formats.qcow2.header import change_backing_file

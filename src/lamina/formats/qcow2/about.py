@@ -18,13 +18,13 @@ from lamina.formats.qcow2.layout import (
     INCOMPAT_CORRUPT,
     INCOMPAT_DIRTY,
     Header,
-    Snapshot,
 )
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.engine.disk import Disk
     from lamina.formats.qcow2.bitmap_layout import BitmapEntry
+    from lamina.formats.qcow2.snapshot_layout import Snapshot
 
 
 def describe(

@@ -54,8 +54,10 @@ def read_directory(file: Node, extension: BitmapsExtension) -> Iterator[BitmapEn
     return parse_directory(directory, extension.count)
 
 
-def read_bitmaps(file: Node, header: Header) -> list[BitmapEntry]:
+def read_bitmaps(file: Node, header: Header, limit: int = MAX_OFFSET) -> list[BitmapEntry]:
     """The entries of the directory, if they and their tables keep the rules.
+
+    Looks at no more than ``limit`` bytes of tables.
 
     What bitmaps in use hold is nobody's business. Raises ImageCorrupt, ImageUnsupported, in QEMU's
     words.
@@ -78,6 +80,9 @@ def read_bitmaps(file: Node, header: Header) -> list[BitmapEntry]:
         raise _error("Bitmap tables are larger than the image file", errno.EINVAL)
     clusters = 0
     for entry in consistent:
+        limit -= entry.table_size * 8
+        if limit < 0:
+            break
         table = read_table(file, entry.table_offset, entry.table_size)
         check_table(table, entry, header)
         clusters += len(table) - table.count(0) - table.count(TABLE_ALL_ONES)

@@ -73,6 +73,7 @@ class Bitmaps:
         self._mapping = mapping
         self.items = [self._known(entry) for entry in entries]
         """In the order of the directory; new ones behind those that it knows."""
+        self._attached = False
 
     def _known(self, entry: BitmapEntry) -> Persistent:
         inconsistent = bool(entry.flags & IN_USE)
@@ -105,15 +106,17 @@ class Bitmaps:
         ]
 
     def attach(self) -> None:
-        """Have the disk mark in these bitmaps what is written to it."""
+        """Have the disk mark in these bitmaps what is written to it. Twice is harmless."""
         assert self._mapping.disk is not None
-        for item in self.items:
+        for item in () if self._attached else self.items:
             track(self._mapping.disk, item.dirty)
+        self._attached = True
 
     def detach(self) -> None:
         assert self._mapping.disk is not None
-        for item in self.items:
+        for item in self.items if self._attached else ():
             untrack(self._mapping.disk, item.dirty)
+        self._attached = False
 
     # -- changes ---------------------------------------------------------------------------------
 
@@ -142,6 +145,7 @@ class Bitmaps:
         dirty = DirtyBitmap(name, header.size, granularity, persistent=True)
         stored = sum(item.entry is not None for item in self.items)
         # Among the new ones the latest comes first: the order in which QEMU stores them.
+        self.attach()
         self.items.insert(stored, Persistent(dirty))
         track(disk, dirty)
 
@@ -394,8 +398,7 @@ class Bitmaps:
 
 def keep_only(mapping: Qcow2Mapping, entries: Sequence[BitmapEntry]) -> None:
     """After a check that counted nothing else: have the image forget all other bitmaps, which are
-    damaged. Durable on return."""
+    damaged. Durable on return; the disk does not mark in the others until they are attached."""
     mapping.bitmaps.detach()
     mapping.bitmaps = Bitmaps(mapping, entries)
-    mapping.bitmaps.attach()
     mapping.bitmaps.rewrite_directory()

@@ -31,17 +31,16 @@ from lamina.formats.qcow2.arrays import (
     read_into,
 )
 from lamina.formats.qcow2.copied import check_copied
-from lamina.formats.qcow2.layout import (
-    MAX_SNAPSHOT_EXTRA,
-    MAX_SNAPSHOT_TABLE,
-    MAX_SNAPSHOTS,
-    Header,
-    Snapshot,
-    parse_snapshot,
-)
+from lamina.formats.qcow2.layout import MAX_SNAPSHOTS, MIN_SNAPSHOT, Header
 from lamina.formats.qcow2.refblock import Width
 from lamina.formats.qcow2.references import WINDOW, Census, Walk, snapshot_table_length
 from lamina.formats.qcow2.repair import rebuild
+from lamina.formats.qcow2.snapshot_layout import (
+    MAX_SNAPSHOT_EXTRA,
+    MAX_SNAPSHOT_TABLE,
+    Snapshot,
+    parse_snapshot,
+)
 from lamina.formats.qcow2.stored import CountRun, StoredCounts
 from lamina.units import round_up
 
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
 
 NB_SNAPSHOTS = 60
 """Offset of this field of the header."""
-SNAPSHOT_HEADER = 40
-"""Bytes of an entry of the snapshot table before extra data, id and name."""
 
 _UNREADABLE = "failed to read the snapshot table"
 _OVERFLOW_LINES = 100
@@ -258,16 +255,16 @@ class ImageCheck:
     def _read_snapshot(self, position: int, index: int) -> tuple[Snapshot, int]:
         """An entry, with no more extra data than is allowed; how much it has in the file."""
         start = self.header.snapshots_offset + position
-        fixed = bytearray(self._read(start, SNAPSHOT_HEADER))
+        fixed = bytearray(self._read(start, MIN_SNAPSHOT))
         extra = int.from_bytes(fixed[36:40], "big")
         names = int.from_bytes(fixed[12:14], "big") + int.from_bytes(fixed[14:16], "big")
         kept = min(extra, MAX_SNAPSHOT_EXTRA)
         fixed[36:40] = kept.to_bytes(4, "big")
-        entry = bytes(fixed) + self._read(start + SNAPSHOT_HEADER, kept)
-        entry += self._read(start + SNAPSHOT_HEADER + extra, names)
+        entry = bytes(fixed) + self._read(start + MIN_SNAPSHOT, kept)
+        entry += self._read(start + MIN_SNAPSHOT + extra, names)
         snapshot = parse_snapshot(entry, 0, index)
         snapshot.entry_offset = position
-        snapshot.entry_length = round_up(SNAPSHOT_HEADER + extra + names, 8)
+        snapshot.entry_length = round_up(MIN_SNAPSHOT + extra + names, 8)
         return snapshot, extra
 
     def _read(self, offset: int, length: int) -> bytes:

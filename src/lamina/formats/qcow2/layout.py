@@ -19,8 +19,8 @@ MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
 MAX_REFCOUNT_TABLE = 8 * MIB
 MAX_L1 = 32 * MIB
 MAX_SNAPSHOTS = 65536
-MAX_SNAPSHOT_TABLE = 64 * MIB
-MAX_SNAPSHOT_EXTRA = 1024
+MIN_SNAPSHOT = 40
+"""Bytes of an entry of the snapshot table without extra data and names."""
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS
 MAX_BACKING_NAME = 1023
@@ -91,7 +91,8 @@ assert _V2.size == V2_LENGTH
 assert V2_LENGTH + _V3.size == V3_MIN_LENGTH
 
 
-def _corrupt(message: str, *, structure: str, field: str, offset: int) -> ImageCorrupt:
+def corrupt(message: str, *, structure: str, field: str, offset: int) -> ImageCorrupt:
+    """The error for a figure that no image can have."""
     return ImageCorrupt(
         message,
         format="qcow2",
@@ -103,7 +104,7 @@ def _corrupt(message: str, *, structure: str, field: str, offset: int) -> ImageC
 
 
 def _header_error(message: str, field: str, offset: int) -> ImageCorrupt:
-    return _corrupt(message, structure="header", field=field, offset=offset)
+    return corrupt(message, structure="header", field=field, offset=offset)
 
 
 @dataclass
@@ -267,7 +268,7 @@ class Header:
             if backing_size > min(MAX_BACKING_NAME, header.cluster_size - backing_offset):
                 raise _header_error("Backing file name too long", "backing_file_size", 16)
             name = cluster[backing_offset : backing_offset + backing_size]
-            header.backing_file = _text(name)
+            header.backing_file = text_of(name)
         return header
 
     def _parse_version_3(self, cluster: bytes) -> None:
@@ -349,7 +350,7 @@ class Header:
             self._check_table(
                 "Snapshot table",
                 self.snapshots_offset,
-                self.nb_snapshots * _SNAPSHOT.size,
+                self.nb_snapshots * MIN_SNAPSHOT,
                 "snapshots_offset",
                 64,
             )
@@ -381,7 +382,7 @@ class Header:
             if type == EXT_FEATURE_NAMES:
                 for start in range(0, len(data) - 2, 48):
                     if data[start] == 0 and data[start + 1] < 64:
-                        text = _text(data[start + 2 : start + 48].split(b"\0")[0])
+                        text = text_of(data[start + 2 : start + 48].split(b"\0")[0])
                         names.setdefault(data[start + 1], text)
         return names
 
@@ -419,9 +420,9 @@ class Header:
                         "backing format",
                         offset,
                     )
-                self.backing_format = _text(data)
+                self.backing_format = text_of(data)
             elif type == EXT_DATA_FILE:
-                self.data_file = _text(data)
+                self.data_file = text_of(data)
             elif type == EXT_CRYPTO:
                 self._parse_crypto(data, offset)
             elif type == EXT_BITMAPS:
@@ -493,7 +494,7 @@ class Header:
             _pack_extension(t, data) for t, data in self._to_extensions(feature_names)
         )
         extensions += _pack_extension(EXT_END, b"")
-        name = b"" if self.backing_file is None else _bytes(self.backing_file)
+        name = b"" if self.backing_file is None else bytes_of(self.backing_file)
         name_offset = self.header_length + len(extensions)
         fixed = _V2.pack(
             MAGIC,
@@ -533,9 +534,9 @@ class Header:
         """In QEMU's order."""
         result = []
         if self.backing_format:
-            result.append((EXT_BACKING_FORMAT, _bytes(self.backing_format)))
+            result.append((EXT_BACKING_FORMAT, bytes_of(self.backing_format)))
         if self.data_file is not None:
-            result.append((EXT_DATA_FILE, _bytes(self.data_file)))
+            result.append((EXT_DATA_FILE, bytes_of(self.data_file)))
         if self.crypto is not None:
             data = struct.pack(">QQ", self.crypto.offset, self.crypto.length)
             result.append((EXT_CRYPTO, data))
@@ -583,12 +584,13 @@ def _describe(bits: int, names: dict[int, str]) -> str:
     return ", ".join(parts)
 
 
-def _text(data: bytes) -> str:
+def text_of(data: bytes) -> str:
     """File names are bytes; what is not UTF-8 survives the way back."""
     return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _bytes(text: str) -> bytes:
+def bytes_of(text: str) -> bytes:
+    """The other way round."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -612,114 +614,3 @@ def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
     shift = 62 - (cluster_bits - 8)
     additional = (offset + length - 1) // 512 - offset // 512
     return COMPRESSED | additional << shift | offset
-
-
-# -- the snapshot table ("Snapshots") ------------------------------------------------------------
-
-_SNAPSHOT = struct.Struct(">QIHHIIQII")
-
-
-@dataclass
-class Snapshot:
-    """One entry of the snapshot table."""
-
-    id: str
-    name: str
-    l1_table_offset: int
-    l1_size: int
-    """Entries."""
-    date_sec: int = 0
-    date_nsec: int = 0
-    vm_clock_nsec: int = 0
-    vm_state_size: int = 0
-    """Bytes; the 64-bit field where there is one."""
-    disk_size: int | None = None
-    """Guest bytes when it was taken; None: the entry does not say, as in version 2."""
-    icount: int | None = None
-    unknown_extra: bytes = b""
-    """Extra data behind the fields that this version knows."""
-    extra_data_size: int = 24
-    """As found on disk."""
-    entry_offset: int = 0
-    """Of the entry in the table."""
-    entry_length: int = 0
-
-
-def parse_snapshots(table: bytes, count: int) -> list[Snapshot]:
-    """``count`` entries from the start of ``table`` (which may be longer).
-
-    Raises ImageCorrupt if an entry runs out of the table.
-    """
-    snapshots = []
-    position = 0
-    for index in range(count):
-        snapshot = parse_snapshot(table, position, index)
-        snapshots.append(snapshot)
-        position += snapshot.entry_length
-    return snapshots
-
-
-def parse_snapshot(table: bytes, position: int, index: int) -> Snapshot:
-    """The entry at ``position``; ``index`` is for messages."""
-    if position + _SNAPSHOT.size > len(table):
-        raise _snapshot_error("Snapshot table is too short", index, position)
-    (l1_offset, l1_size, id_size, name_size, sec, nsec, clock, state32, extra_size) = (
-        _SNAPSHOT.unpack_from(table, position)
-    )
-    start = position + _SNAPSHOT.size
-    end = start + extra_size + id_size + name_size
-    if end > len(table):
-        raise _snapshot_error("Snapshot table is too short", index, position)
-    extra = table[start : start + extra_size]
-    snapshot = Snapshot(
-        id=_text(table[start + extra_size : start + extra_size + id_size]),
-        name=_text(table[start + extra_size + id_size : end]),
-        l1_table_offset=l1_offset,
-        l1_size=l1_size,
-        date_sec=sec,
-        date_nsec=nsec,
-        vm_clock_nsec=clock,
-        vm_state_size=state32,
-        unknown_extra=extra[24:],
-        extra_data_size=extra_size,
-        entry_offset=position,
-        entry_length=round_up(end - position, 8),
-    )
-    if extra_size >= 8:
-        snapshot.vm_state_size = int.from_bytes(extra[:8], "big")
-    if extra_size >= 16:
-        snapshot.disk_size = int.from_bytes(extra[8:16], "big")
-    if extra_size >= 24:
-        icount = int.from_bytes(extra[16:24], "big")
-        snapshot.icount = None if icount == (1 << 64) - 1 else icount
-    return snapshot
-
-
-def pack_snapshots(snapshots: list[Snapshot]) -> bytes:
-    """The table, each entry padded to 8 bytes."""
-    return b"".join(_pack_snapshot(snapshot) for snapshot in snapshots)
-
-
-def _pack_snapshot(s: Snapshot) -> bytes:
-    icount = (1 << 64) - 1 if s.icount is None else s.icount
-    extra = struct.pack(">QQQ", s.vm_state_size, s.disk_size or 0, icount) + s.unknown_extra
-    id, name = _bytes(s.id), _bytes(s.name)
-    fixed = _SNAPSHOT.pack(
-        s.l1_table_offset,
-        s.l1_size,
-        len(id),
-        len(name),
-        s.date_sec,
-        s.date_nsec,
-        s.vm_clock_nsec,
-        s.vm_state_size if s.vm_state_size < 1 << 32 else 0,
-        len(extra),
-    )
-    entry = fixed + extra + id + name
-    return entry.ljust(round_up(len(entry), 8), b"\0")
-
-
-def _snapshot_error(message: str, index: int, offset: int) -> ImageCorrupt:
-    return _corrupt(
-        message, structure="snapshot table", field=f"entry {index}", offset=offset
-    )

@@ -25,7 +25,6 @@ from lamina.formats.qcow2.layout import (
     AUTOCLEAR_RAW_DATA_FILE,
     INCOMPAT_CORRUPT,
     Header,
-    Snapshot,
     compressed_extent,
 )
 from lamina.formats.qcow2.options import Options
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.bitmaps import Bitmaps
     from lamina.formats.qcow2.encryption import Encryption
+    from lamina.formats.qcow2.snapshot_layout import Snapshot
 
 
 class Qcow2Mapping(Mapping):

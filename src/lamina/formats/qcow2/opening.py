@@ -14,7 +14,6 @@ from lamina.formats.qcow2.layout import (
     INCOMPAT_DIRTY,
     MAX_CLUSTER_BITS,
     Header,
-    Snapshot,
 )
 
 if TYPE_CHECKING:
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
     from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.mapping import Qcow2Mapping
     from lamina.formats.qcow2.options import Options
+    from lamina.formats.qcow2.snapshot_layout import Snapshot
+
+INSPECTED_TABLES = 64 << 20
+"""Bytes of bitmap tables that are looked at before ``info`` tells about an image."""
 
 
 def open_disk(options: Options, context: OpenContext) -> Disk:
@@ -143,6 +146,8 @@ def _bitmaps(disk: Disk, header: Header, context: OpenContext) -> list[BitmapEnt
     from lamina.formats.qcow2.bitmap_storage import read_bitmaps
 
     try:
+        if context.inspect:
+            return read_bitmaps(disk.file, header, INSPECTED_TABLES)
         return read_bitmaps(disk.file, header)
     except ImageCorrupt:
         if context.check and not disk.read_only:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from lamina.block.node import Node
     from lamina.formats.qcow2.corruption import Corruption
-    from lamina.formats.qcow2.layout import Header, Snapshot
+    from lamina.formats.qcow2.layout import Header
+    from lamina.formats.qcow2.snapshot_layout import Snapshot
 
 
 class Structure:

@@ -33,8 +33,8 @@ from lamina.formats.qcow2.layout import (
     REFTABLE_OFFSET_MASK,
     REFTABLE_RESERVED,
     Header,
-    Snapshot,
 )
+from lamina.formats.qcow2.snapshot_layout import Snapshot
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from lamina.block.info import SnapshotInfo
 from lamina.errors import ImageCorrupt
-from lamina.formats.qcow2.layout import (
-    MAX_L1,
+from lamina.formats.qcow2.layout import MAX_L1, is_valid_table
+from lamina.formats.qcow2.snapshot_layout import (
     MAX_SNAPSHOT_EXTRA,
     MAX_SNAPSHOT_TABLE,
     Snapshot,
-    is_valid_table,
     parse_snapshot,
 )
 

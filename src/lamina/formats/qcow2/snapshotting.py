@@ -20,18 +20,16 @@ from lamina.engine.metadata import Stage
 from lamina.errors import ImageUnsupported, LaminaError, StorageError
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.header import is_lazy, write_features
-from lamina.formats.qcow2.layout import (
-    COPIED,
-    INCOMPAT_DIRTY,
+from lamina.formats.qcow2.layout import COPIED, INCOMPAT_DIRTY, MAX_SNAPSHOTS
+from lamina.formats.qcow2.refcounts import read_table, to_big_endian
+from lamina.formats.qcow2.references import snapshot_table_length
+from lamina.formats.qcow2.resize import unmap
+from lamina.formats.qcow2.snapshot_layout import (
     MAX_SNAPSHOT_TABLE,
-    MAX_SNAPSHOTS,
     Snapshot,
     pack_snapshots,
     parse_snapshots,
 )
-from lamina.formats.qcow2.refcounts import read_table, to_big_endian
-from lamina.formats.qcow2.references import snapshot_table_length
-from lamina.formats.qcow2.resize import unmap
 from lamina.formats.qcow2.snapshots import check_l1
 from lamina.formats.qcow2.trees import Tree, clear_copied, set_copied
 from lamina.records import replace

@@ -24,6 +24,7 @@ from lamina.formats.qed.layout import (
     AUTOCLEAR_OFFSET,
     FEATURES_OFFSET,
     IMAGE_SIZE_OFFSET,
+    MIN_CLUSTER,
     NEED_CHECK,
     ZERO_CLUSTER,
     Header,
@@ -41,6 +42,7 @@ _KINDS = {0: Kind.BELOW, ZERO_CLUSTER: Kind.ZERO}
 
 class QedMapping(Mapping):
     driver = "qed"
+    discard_unit = MIN_CLUSTER
 
     def __init__(
         self, disk: Disk, header: Header, backing_name: str | None, backing_format: str | None

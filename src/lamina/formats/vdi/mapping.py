@@ -18,17 +18,22 @@ from lamina.engine.blocktable import BlockMapping, BlockTable
 from lamina.engine.mapping import Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.errors import ImageCorrupt
-from lamina.formats.vdi.layout import ALLOCATED_OFFSET, BLOCK, FREE, ZERO, Header
+from lamina.formats.vdi.layout import ALLOCATED_OFFSET, BLOCK, FREE, STATIC, ZERO, Header
 from lamina.records import replace
 
 if TYPE_CHECKING:
     from lamina.engine.disk import Disk
 
 
+PAGE = 4096
+"""Bytes that files have or have not: less need not be told apart in a block without a parent."""
+
+
 class VdiMapping(BlockMapping):
     driver = "vdi"
     unit = block_bytes = scale = BLOCK
     zero_entry = ZERO
+    discard_unit = PAGE
 
     def __init__(self, disk: Disk, header: Header) -> None:
         """Of a header that is sound."""
@@ -38,6 +43,8 @@ class VdiMapping(BlockMapping):
         self.size = header.disk_size
         self.metadata = Metadata(self.file)
         self.has_backing = header.differencing
+        self.fixed = header.image_type == STATIC
+        self.write_unit = 0 if self.has_backing else PAGE
         # Without a parent, what is free is zero for certain: there is nothing below.
         self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO, ZERO: Kind.ZERO}
         self.use_header(header)

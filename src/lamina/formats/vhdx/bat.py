@@ -17,7 +17,8 @@ from lamina.units import KIB, MIB
 
 if TYPE_CHECKING:
     from lamina.engine.metadata import Metadata
-    from lamina.formats.vhdx.layout import Parameters, Region
+    from lamina.formats.vhdx.layout import Region
+    from lamina.formats.vhdx.metadata import Parameters
 
 _ENTRY = struct.Struct("<Q")
 TABLE_BYTES = 64 * KIB

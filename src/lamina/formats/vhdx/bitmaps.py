@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.engine.tables import TableCache
-from lamina.formats.vhdx.layout import BITMAP_BYTES, BITMAP_PRESENT, OFFSET, STATE
+from lamina.formats.vhdx.layout import BITMAP_PRESENT, OFFSET, STATE
+from lamina.formats.vhdx.metadata import BITMAP_BYTES
 from lamina.units import KIB, MIB
 
 if TYPE_CHECKING:
     from lamina.engine.metadata import Metadata
     from lamina.formats.vhdx.bat import Bat
-    from lamina.formats.vhdx.layout import Parameters
+    from lamina.formats.vhdx.metadata import Parameters
 
 TABLE_BYTES = 64 * KIB
 CACHE_BYTES = 8 * MIB

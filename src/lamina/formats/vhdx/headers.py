@@ -34,6 +34,8 @@ class Headers:
         current = second if self._slot else first
         assert current is not None
         self.current: Header = current
+        self.certain = True
+        """Off after an update that failed: nobody knows what of it is in the file."""
 
     def update(self, **changes: Any) -> None:
         """Durably change fields, in both headers, one after the other."""
@@ -45,6 +47,7 @@ class Headers:
                 structure="header",
                 field="SequenceNumber",
             )
+        self.certain = False
         for _ in HEADER_OFFSETS:
             header = replace(self.current, sequence=self.current.sequence + 1, **changes)
             slot = 1 - self._slot
@@ -52,3 +55,4 @@ class Headers:
             self.file.flush()
             self._slot, self.current = slot, header
         self.valid = (True, True)
+        self.certain = True

@@ -21,6 +21,7 @@ from lamina.units import MIB, round_down, round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
+    from lamina.formats.vhdx.headers import Headers
 
 SECTOR = 4096
 """Bytes of a log sector, and the granularity of what is logged."""
@@ -169,11 +170,11 @@ class Log:
     of which the tail says that they are no longer needed, and forgets some that are.
     """
 
-    def __init__(self, file: Node, offset: int, guid: bytes) -> None:
-        """``offset``: of the ring in the file."""
+    def __init__(self, file: Node, headers: Headers) -> None:
+        """The headers name the log that begins here."""
         self.file = file
-        self.offset = offset
-        self.guid = guid
+        self._headers = headers
+        self._guid = headers.current.log_guid
         self._sequence = 0
 
     def groups(self, writes: Sequence[DirtyWrite]) -> Iterator[list[DirtyWrite]]:
@@ -198,6 +199,10 @@ class Log:
 
     def append(self, writes: Sequence[DirtyWrite]) -> None:
         """Write one entry; it counts once the file has been flushed."""
+        headers = self._headers
+        if not headers.certain or headers.current.log_guid != self._guid:
+            # Closing the log failed half-way, and the image is still in use.
+            headers.update(log_guid=self._guid)
         changes = [
             Change(offset + skip, SECTOR, bytes(data[skip : skip + SECTOR]))
             for offset, data, _, _ in writes
@@ -209,8 +214,8 @@ class Log:
             changes,
             sequence=self._sequence,
             tail=0,
-            guid=self.guid,
+            guid=self._guid,
             flushed_size=round_down(size, MIB),
             last_size=round_up(size, MIB),
         )
-        self.file.write(self.offset, entry)
+        self.file.write(headers.current.log_offset, entry)

@@ -14,13 +14,8 @@ from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, StorageEr
 from lamina.formats.vhdx import locator
 from lamina.formats.vhdx.clearing import clear
 from lamina.formats.vhdx.headers import Headers
-from lamina.formats.vhdx.layout import (
-    FILE_SIGNATURE,
-    METADATA_TABLE_BYTES,
-    NOT_PRESENT,
-    PARENT_LOCATOR,
-    guid_text,
-)
+from lamina.formats.vhdx.layout import FILE_SIGNATURE, NOT_PRESENT, guid_text
+from lamina.formats.vhdx.metadata import METADATA_TABLE_BYTES, PARENT_LOCATOR
 from lamina.records import replace
 from lamina.units import MIB, round_up
 

@@ -11,7 +11,7 @@ from lamina.block.limits import WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.reader import fill_zeroes
 from lamina.errors import ImageCorrupt, ImageUnsupported, Refused
-from lamina.formats.vhdx.layout import MAX_SIZE, NO_GUID, Header
+from lamina.formats.vhdx.layout import NO_GUID, Header
 from lamina.formats.vhdx.log import (
     SECTOR,
     Change,
@@ -20,6 +20,7 @@ from lamina.formats.vhdx.log import (
     parse_entry,
     parse_entry_header,
 )
+from lamina.formats.vhdx.metadata import MAX_SIZE
 from lamina.records import replace
 from lamina.units import MIB, round_up
 

@@ -14,19 +14,18 @@ from lamina.errors import UsageError
 from lamina.formats.vhdx.clearing import clear
 from lamina.formats.vhdx.layout import (
     FULLY_PRESENT,
-    MAX_SIZE,
     NOT_PRESENT,
     REGION_TABLE_OFFSETS,
-    VIRTUAL_DISK_SIZE,
     ZERO,
     pack_regions,
 )
+from lamina.formats.vhdx.metadata import MAX_SIZE, VIRTUAL_DISK_SIZE
 from lamina.records import replace
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:
-    from lamina.formats.vhdx.layout import Parameters
     from lamina.formats.vhdx.mapping import VhdxMapping
+    from lamina.formats.vhdx.metadata import Parameters
 
 _STEP = 1 << 17
 """Blocks whose entries are changed before memory may be relieved."""

@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.errors import ImageUnsupported, LaminaError
-from lamina.formats.vhdx.layout import (
-    BITMAP_PRESENT,
-    HEADER_SECTION,
-    MAX_SIZE,
-    NOT_PRESENT,
-    STATE,
-    ZERO,
-)
+from lamina.formats.vhdx.layout import BITMAP_PRESENT, HEADER_SECTION, NOT_PRESENT, STATE, ZERO
+from lamina.formats.vhdx.metadata import MAX_SIZE
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:

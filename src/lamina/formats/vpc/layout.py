@@ -31,6 +31,8 @@ FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 MAX_SECTORS = 0xFF000000
 """2040 GiB."""
 MAX_TABLE_ENTRIES = (1 << 31) // 4 - 1
+MAX_BLOCKS = 1 << 24
+"""Entries of tables that are read. Nobody has blocks so small that the largest disk has more."""
 DEFAULT_BLOCK = 2 << 20
 
 
@@ -188,6 +190,14 @@ def parse_header(data: bytes, size: int) -> Header:
     if entries > MAX_TABLE_ENTRIES:
         message = f"Max Table Entries too large ({entries})"
         raise _corrupt(message, "dynamic header", "max_table_entries", 28)
+    if entries > MAX_BLOCKS:
+        raise ImageUnsupported(
+            f"Too many blocks: {entries}, of {block_size} bytes",
+            format="vpc",
+            structure="dynamic header",
+            field="max_table_entries",
+            offset=28,
+        )
     if entries * block_size < size:
         raise _corrupt("Page table too small", "dynamic header", "max_table_entries", 28)
     if table_offset % SECTOR:

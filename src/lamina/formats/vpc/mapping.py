@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from lamina.engine.disk import Disk
 
 FIXED_UNIT = 1 << 16
-"""Guest bytes that writers of a fixed disk exclude each other from, and zero at once."""
+"""Guest bytes that writers of a fixed disk exclude each other from."""
+PAGE = 4096
+"""Bytes that files have or have not: less need not be told apart in a block without a parent."""
 
 
 class VpcMapping(Mapping):
@@ -65,7 +67,9 @@ class VpcMapping(Mapping):
 class FixedMapping(VpcMapping):
     """Every byte has its place: the same one as in the guest."""
 
+    fixed = True
     unit = FIXED_UNIT
+    write_unit = discard_unit = PAGE
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
         inside = max(min(length, self.size - offset), 0)
@@ -100,6 +104,8 @@ class DynamicMapping(VpcMapping, BlockMapping):
         super().__init__(disk, footer, size)
         self.backing_name = backing_name
         self.has_backing = footer.disk_type == DIFFERENCING
+        self.discard_unit = min(PAGE, header.block_size)
+        self.write_unit = SECTOR if self.has_backing else min(PAGE, header.block_size)
         # Without a parent, what is not there is zero for certain: there is nothing below.
         self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO}
         self.unit = header.block_size

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lamina.block.tls import TlsCredentials
 
 
+_TLS_ENDED = "Cannot read from TLS channel: The TLS connection was non-properly terminated."
+
+
 class Connector:
     """Knows all that it takes to connect, once or again."""
 
@@ -104,7 +107,8 @@ class _Carrier:
         try:
             self._socket.sendall(data)
         except OSError as error:
-            raise StorageError(f"Failed to write data: {_text(error)}", errno=errno.EIO) from None
+            text = self._text(error)
+            raise StorageError(f"Failed to write data: {text}", errno=errno.EIO) from None
 
     def receive(self, length: int, what: str) -> bytes:
         data = bytearray(length)
@@ -117,11 +121,19 @@ class _Carrier:
                     raise ended()
                 view = view[count:]
         except OSError as error:
-            text = _text(error)
+            text = self._text(error)
             raise StorageError(f"Failed to read {what}: {text}", errno=errno.EIO) from None
         except LaminaError as error:
-            raise error.in_context(f"Failed to read {what}: ") from None
+            text = str(error) if self._secured is None else _TLS_ENDED
+            raise StorageError(f"Failed to read {what}: {text}", errno=errno.EIO) from None
         return bytes(data)
+
+    def _text(self, error: OSError) -> str:
+        if isinstance(error, TimeoutError):
+            return "it takes too long"
+        if self._secured is not None:
+            return _TLS_ENDED
+        return f"Unable to read from socket: {error.strerror or error}"
 
     def start_tls(self) -> None:
         from lamina.block.tls import secure
@@ -141,8 +153,3 @@ class _Carrier:
     def close(self) -> None:
         self._socket.close()
 
-
-def _text(error: OSError) -> str:
-    if isinstance(error, socket.timeout):
-        return "it takes too long"
-    return f"Unable to read from socket: {error.strerror or error}"

@@ -173,6 +173,10 @@ class Link:
                 self.broken = error
             self._turn.notify_all()
         self._channel.interrupt()
+        with self._turn:
+            # Whoever is still receiving may be filling a buffer of ours.
+            while self._receiving:
+                self._turn.wait()
         return LinkBroken(str(error), errno=5)
 
     def close(self) -> None:

@@ -250,18 +250,23 @@ class NbdNode(Node):
         return found
 
     def _append(self, found: list[Extent], offset: int, length: int, value: int) -> None:
-        if self._is_bitmap:
+        one = Extent(offset, length, Kind.DATA, self, offset)
+        if value & nbd.STATE_ZERO:
+            stored = 0 if value & nbd.STATE_HOLE else length
+            one = one._replace(kind=Kind.ZERO, stored_length=stored)
+        elif value & nbd.STATE_HOLE and self._is_bitmap:
             # As QEMU has it: what is dirty is shown as absent.
-            kind = Kind.BELOW if value & nbd.STATE_HOLE else Kind.DATA
-        else:
-            kind = Kind.ZERO if value & nbd.STATE_ZERO else Kind.DATA
+            one = Extent(offset, length, Kind.BELOW, self)
         last = found[-1] if found else None
-        if last is not None and last.kind == kind and last.end == offset:
-            found[-1] = last._replace(length=last.length + length)
-        elif kind == Kind.BELOW:
-            found.append(Extent(offset, length, kind, self))
+        alike = last is not None and (last.kind, bool(last.stored_length)) == (
+            one.kind,
+            bool(one.stored_length),
+        )
+        if last is not None and alike and last.end == offset:
+            stored = last.stored_length + one.stored_length
+            found[-1] = last._replace(length=last.length + length, stored_length=stored)
         else:
-            found.append(Extent(offset, length, kind, self, offset))
+            found.append(one)
 
     # -- size and life ---------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ OPTIONS = (
     Option("k", "socket", "PATH", "Unix socket to listen on, instead of TCP", _socket),
     Option("e", "shared", "NUM", "clients at a time (1); 0: any number", _shared),
     Option("t", "persistent", help="go on after the last client has left"),
-    Option("v", "verbose", help="say more"),
+    Option("v", "verbose", help="with --fork: go on telling what happens"),
     Option("x", "export-name", "NAME", "name of the export (empty)", _export_name),
     Option("D", "description", "TEXT", "what the export is, for people", _description),
     Option(
@@ -150,6 +150,7 @@ class Settings:
     socket: str | None = None
     shared: int = 1
     persistent: bool = False
+    verbose: bool = False
     name: str = ""
     description: str = ""
     handshake_limit: int = 10
@@ -270,6 +271,7 @@ def _settings(given: Parsed) -> Settings:
         socket=given.value("socket"),
         shared=given.value("shared", 1),
         persistent=given.flag("persistent"),
+        verbose=given.flag("verbose"),
         name=given.value("export-name", ""),
         description=given.value("description", ""),
         handshake_limit=given.value("handshake-limit", 10),

@@ -8,13 +8,9 @@ import sys
 import threading
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError
 from lamina.tools.tool import EXIT_FAILURE, EXIT_OK, Exit
-
-if TYPE_CHECKING:
-    from lamina.tools.tool import Tool
 
 _READY = b"+"
 
@@ -23,9 +19,10 @@ class Daemon:
     """Make it before there are threads. With ``fork`` only the child comes back from making it; the
     parent ends when the child is ``ready``, or as the child ends."""
 
-    def __init__(self, tool: Tool, *, fork: bool, pid_file: str | None) -> None:
-        self._tool = tool
+    def __init__(self, *, fork: bool, pid_file: str | None, talkative: bool = False) -> None:
+        """``talkative``: messages go on after the parent has ended."""
         self._pid_file = pid_file
+        self._talkative = talkative
         self._written = False
         self._told = -1
         """Where the parent waits for a byte."""
@@ -57,7 +54,7 @@ class Daemon:
             nowhere = os.open(os.devnull, os.O_RDWR)
             sys.stdout.flush()
             sys.stderr.flush()
-            for standard in (0, 1, 2):
+            for standard in (0, 1) if self._talkative else (0, 1, 2):
                 os.dup2(nowhere, standard)
             os.close(nowhere)
             os.write(self._told, _READY)

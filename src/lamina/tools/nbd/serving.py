@@ -33,7 +33,9 @@ def serve(tool: Tool, settings: Settings) -> int:
     context = tls.context() if tls else None
     passed = _passed_sockets(tool)
     with ExitStack() as cleanup:
-        daemon = Daemon(tool, fork=settings.fork, pid_file=settings.pid_file)
+        daemon = Daemon(
+            fork=settings.fork, pid_file=settings.pid_file, talkative=settings.verbose
+        )
         cleanup.callback(daemon.close)
         sockets: list[socket.socket] = []
         if passed:

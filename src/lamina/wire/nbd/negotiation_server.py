@@ -27,6 +27,8 @@ MAX_OPTIONS = 10_000
 """Of one handshake: enough to ask about thousands of exports, too few to go on for ever."""
 _MAX_DATA = 1 << 16
 """Bytes of data of an option that are looked at; longer ones are thrown away and refused."""
+_LONG_NAME = 80
+"""Letters of a name that are repeated in an error."""
 _KNOWN = frozenset(nbd.OPTION_NAMES) - {nbd.OPT_PEEK_EXPORT}
 _WITHOUT_DATA = frozenset(
     {
@@ -85,7 +87,7 @@ class _Handshake:
         self._zeroes = not flags & nbd.NO_ZEROES
         for _ in range(MAX_OPTIONS):
             magic, number, length = messages.OPTION.unpack(
-                (yield Receive(messages.OPTION.size, "option"))
+                (yield Receive(messages.OPTION.size, "opts magic"))
             )
             if magic != nbd.OPTION_MAGIC:
                 raise ProtocolError("Bad magic received")
@@ -262,7 +264,8 @@ class _Handshake:
             self._contexts_of = export.name
 
     def _unknown(self, number: int, name: str) -> Negotiation[None]:
-        yield from self._refuse(number, nbd.REP_ERR_UNKNOWN, f"export '{name}' not present")
+        shown = name if len(name) < _LONG_NAME else f"{name[:_LONG_NAME]}..."
+        yield from self._refuse(number, nbd.REP_ERR_UNKNOWN, f"export '{shown}' not present")
 
     def _agreement(self, export: Description) -> Agreement:
         flags = export.flags | nbd.HAS_FLAGS
