@@ -60,7 +60,6 @@ def create(options: VmdkCreateOptions, file: Node, context: CreateContext) -> No
             write_extent(context, line, zeroed=options.zeroed_grain)
             lines.append(line)
         file.write(0, _descriptor(options, subformat, lines, parent).encoded())
-        file.flush()
         return
     line = ExtentLine("RW", size, SPARSE, name)
     text = _descriptor(options, subformat, [line], parent).encoded()
@@ -182,7 +181,6 @@ def write_sparse(file: Node, size: int, text: bytes, *, zeroed: bool) -> None:
     for offset in (header.redundant_offset, header.directory_offset):
         file.write(offset, table_directory(offset, header.directory_entries))
     # A file without a header is no image yet.
-    file.flush()
     file.write(0, header.pack())
 
 
@@ -229,5 +227,4 @@ def _write_stream(file: Node, size: int, text: bytes) -> None:
     file.truncate(header.overhead)
     file.write(DESCRIPTOR_OFFSET, text)
     file.write(header.overhead, trailer(footer, directory))
-    file.flush()
     file.write(0, header.pack())
