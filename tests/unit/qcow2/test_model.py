@@ -100,7 +100,7 @@ class Images(ImageMaker):
             create(CreateOptions(size=size, **options), file, context)
             _new[name] = bytes(file.content), bytes(self.data.content)
         file, data = _new[name]
-        self.file, self.data = MemoryFile(file), MemoryFile(data, BESIDE)
+        self.file, self.data = MemoryFile(file, WRITABLE), MemoryFile(data, BESIDE)
         self.backing = backing
         return self.open()
 
@@ -134,7 +134,7 @@ class Images(ImageMaker):
     def reopen(self, node: Node) -> Node:
         node.close()
         self.verify()
-        self.file = MemoryFile(self.file.content)
+        self.file = MemoryFile(self.file.content, WRITABLE)
         self.data = MemoryFile(self.data.content, BESIDE)
         return self.open()
 
