@@ -127,13 +127,13 @@ class Bitmaps:
         if granularity is None:
             granularity = min(max(header.cluster_size, 4 * KIB), 64 * KIB)
         check_new(name, granularity)
+        if any(one.name == name for one in disk.dirty_bitmaps):
+            raise UsageError(f"Bitmap already exists: {name}", errno=errno.EEXIST)
         reason = self._not_storable(name, granularity)
         if reason:
             raise ImageUnsupported(
                 f"Can't make bitmap '{name}' persistent in '{disk.name}': {reason}"
             )
-        if any(one.name == name for one in disk.dirty_bitmaps):
-            raise UsageError(f"Bitmap already exists: {name}", errno=errno.EEXIST)
         dirty = DirtyBitmap(name, header.size, granularity, persistent=True)
         stored = sum(item.entry is not None for item in self.items)
         # Among the new ones the latest comes first: the order in which QEMU stores them.
