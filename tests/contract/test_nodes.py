@@ -322,6 +322,7 @@ class TestVmdkOfTwoExtents(TestVmdk):
         ]
         text = 'version=1\nCID=1\nparentCID=ffffffff\ncreateType="twoGbMaxExtentSparse"\n'
         (self.path / "disk").write_text(text + "\n".join(lines) + "\n")
+        return self.open()
 
 
 class TestVpc(OnImage):
