@@ -96,11 +96,11 @@ def change_parent(mapping: VhdxMapping, filename: str | None, format: str | None
     finally:
         if not file.users:
             file.close()
-    _write_locator(mapping, locator.for_parent(filename, guid))
+    write_locator(mapping, locator.for_parent(filename, guid))
     mapping.image.parent_name = locator.filenames(mapping.image.parent)[0]
 
 
-def _write_locator(mapping: VhdxMapping, entries: dict[str, str]) -> None:
+def write_locator(mapping: VhdxMapping, entries: dict[str, str]) -> None:
     """Behind all other items, over the old one: the log makes that one change."""
     image = mapping.image
     data = locator.pack(entries)
@@ -145,6 +145,6 @@ def make_empty(mapping: VhdxMapping) -> None:
     guid = None if parent is None else data_write_guid(parent)
     if guid is not None:
         entries = {**mapping.image.parent, locator.LINKAGE: f"{{{guid_text(guid)}}}"}
-        _write_locator(mapping, entries)
+        write_locator(mapping, entries)
     mapping.metadata.commit()
     mapping.metadata.barrier()
