@@ -211,7 +211,6 @@ def test_images_that_cannot_be_made():
     backed = {"backing_file": "below", "backing_fmt": "vhdx"}
     for options, below, message in (
         (backed, raw, "must be one as well"),
-        (backed, None, "must be there"),
         ({**backed, "backing_fmt": "raw"}, parent, "must be one as well"),
         ({**backed, "subformat": "fixed"}, parent, "fixed image has no backing file"),
         ({**backed, "logical_sector_size": 4096}, parent, "as large as those of its parent"),

@@ -16,6 +16,8 @@ from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, Refused, 
 from lamina.formats.vhdx import DRIVER, locator
 from lamina.formats.vhdx.parent import write_locator
 from lamina.jobs.commit import commit, empty, writable_layer
+from lamina.tools import img
+from lamina.tools.tool import Tool
 from lamina.units import MIB
 
 SIZE = 5 * MIB
@@ -192,3 +194,18 @@ def test_commit_keeps_the_child_linked(images, session):
 
 
 
+
+
+def test_converting_to_a_child(images, session, tmp_path):
+    """Only what differs from the parent is written; the parent is opened to link to it."""
+    base, child = images
+    with opened(child, session, writable=True) as disk:
+        disk.write(2 * MIB + 1000, b"c" * 700)
+        expected = disk.read(0, SIZE)
+    new = tmp_path / "new.vhdx"
+    words = ["convert", "-O", "vhdx", "-o", "block_size=1M", "-B", str(base), "-F", "vhdx"]
+    assert Tool("lamina-img").run(img.run, [*words, str(child), str(new)]) == 0
+    with opened(new, session) as disk:
+        assert disk.read(0, SIZE) == expected
+        kinds = [(one.kind.name, one.length) for one in disk.node.extents(0, SIZE)]
+    assert kinds == [("BELOW", 2 * MIB + 512), ("DATA", 1536), ("BELOW", 3 * MIB - 2048)]
