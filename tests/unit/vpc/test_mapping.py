@@ -296,10 +296,27 @@ def test_emptying() -> None:
     assert file.content == empty
 
 
-def test_names_of_parents() -> None:
-    _, disk = child()
-    about = disk.info()
-    assert (about.backing_filename, about.backing_format) == ("below.vhd", "vpc")
+@pytest.mark.parametrize(
+    ("code", "stored", "name"),
+    [
+        (b"W2ru", ".\\below.vhd", "below.vhd"),
+        (b"W2ru", "..\\up\\below.vhd", "../up/below.vhd"),
+        (b"W2ru", "json:{}", "./json:{}"),
+        (b"W2ru", "nbd:host:1", "./nbd:host:1"),
+        (b"W2ku", "D:\\disks\\below.vhd", "below.vhd"),
+        (b"W2ku", "/disks/below.vhd", "/disks/below.vhd"),
+        (b"MacX", "file:///disks/be%20low.vhd", "/disks/be low.vhd"),
+        (b"Wi2k", "what nobody knows", "p"),
+    ],
+)
+def test_names_of_parents(code: bytes, stored: str, name: str) -> None:
+    image = bytearray(make(SIZE, parent=ID))
+    data = stored.encode("utf-8" if code == b"MacX" else "utf-16-le")
+    image[512 + 576 : 512 + 580] = code
+    struct.pack_into(">I", image, 512 + 584, len(data))
+    image[TABLE : TABLE + 512] = data.ljust(512, b"\0")
+    about = open_image(MemoryFile(image), MemoryFile()).info()
+    assert (about.backing_filename, about.backing_format) == (name, "vpc")
 
 
 # -- damage ----------------------------------------------------------------------------------------
