@@ -122,11 +122,11 @@ def test_a_second_reader_of_differencing_images(tmp_path: Path) -> None:
         content[3 << 20 : 4 << 20] = bytes(1 << 20)
         assert disk.read(0, SIZE) == content
     with parent.open("rb") as below, child.open("rb") as above:
-            stream = VDI(above, VDI(below).open()).open()
-            found = bytearray()
-            while len(found) < SIZE:  # it reads no further than a block whose neighbour is free
-                stream.seek(len(found))
-                found += stream.read(min(1 << 20, SIZE - len(found)))
-        assert found == content
+        stream = VDI(above, VDI(below).open()).open()
+        found = bytearray()
+        while len(found) < SIZE:  # it reads no further than a block whose neighbour is free
+            stream.seek(len(found))
+            found += stream.read(min(1 << 20, SIZE - len(found)))
+    assert found == content
     with pytest.raises(ImageUnsupported, match="non-NULL link UUID"):
         opened(child, "vdi")
