@@ -4,8 +4,8 @@
     python bench/images.py shuffled 1T bad.qcow2
 
 ``contiguous`` places the clusters of the disk one behind the other; ``shuffled`` deals them out at
-random, so that no two neighbours of the disk are neighbours in the file. Both are fully allocated
-and pass ``qemu-img check``.
+random, so that no two neighbours of the disk are neighbours in the file; ``recorded`` is contiguous
+and has bitmaps. All are fully allocated and pass ``qemu-img check``.
 """
 
 from __future__ import annotations
@@ -77,9 +77,26 @@ def make(path: str, size: int, *, shuffled: bool, cluster_bits: int = 16, seed: 
         os.close(fd)
 
 
+def record(path: str, seed: int = 1) -> None:
+    """Give an image two bitmaps, ``a`` and ``b``, that have recorded writes all over the disk."""
+    from lamina.block.backend import Backend
+    from lamina.block.driver import find_bitmap
+    from lamina.block.session import Session
+    from lamina.formats.qcow2 import DRIVER
+
+    rng = np.random.default_rng(seed)
+    with Backend.open(path, session=Session(), format="qcow2", writable=True) as disk:
+        for name in ("a", "b"):
+            DRIVER.add_bitmap(disk.node, name, None)
+            bitmap = find_bitmap(disk.node, name)
+            granules = disk.size // bitmap.granularity
+            for granule in rng.integers(granules, size=granules // 16).tolist():
+                bitmap.set(granule * bitmap.granularity, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("contiguous", "shuffled"))
+    parser.add_argument("kind", choices=("contiguous", "shuffled", "recorded"))
     parser.add_argument("size", type=parse_size)
     parser.add_argument("path")
     parser.add_argument("--cluster-bits", type=int, default=16)
@@ -90,6 +107,8 @@ def main() -> None:
         shuffled=arguments.kind == "shuffled",
         cluster_bits=arguments.cluster_bits,
     )
+    if arguments.kind == "recorded":
+        record(arguments.path)
 
 
 if __name__ == "__main__":

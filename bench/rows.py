@@ -95,10 +95,11 @@ class Workbench:
 
         return self.image("data.dmg", maker)
 
-    def tables(self, name: str, *, shuffled: bool) -> Path:
+    def tables(self, name: str, kind: str) -> Path:
+        """``kind``: as for ``bench.images``."""
+
         def maker(path: Path) -> None:
             # In a process of its own: what this one needs would count as memory of its children.
-            kind = "shuffled" if shuffled else "contiguous"
             command = [sys.executable, "-m", "bench.images", kind, str(self.table_size), path]
             subprocess.run(command, check=True)
 
@@ -155,6 +156,7 @@ TABLES = [
     ("map-fragmented", 3.0),
     ("measure-full", 4.0),
     ("measure-fragmented", 4.0),
+    ("merge-recorded", 1.0),
 ]
 REQUESTS = [
     ("bench-raw-read-1", 2.0),
@@ -225,11 +227,14 @@ def _other_format(bench: Workbench, name: str, goal: float) -> Row:
 
 def _tables(bench: Workbench, name: str, goal: float) -> Row:
     work, kind = name.split("-")
-    image = str(bench.tables(f"{kind}.qcow2", shuffled=kind == "fragmented"))
+    kinds = {"full": "contiguous", "fragmented": "shuffled", "recorded": "recorded"}
+    image = str(bench.tables(f"{kind}.qcow2", kinds[kind]))
     words = {
         "check": ["check", image],
         "map": ["map", "--output=json", image],
         "measure": ["measure", "-O", "qcow2", image],
+        # Emptied first, so that there is something to do each time.
+        "merge": ["bitmap", "--clear", "--merge", "a", image, "b"],
     }[work]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], slow=True)
 

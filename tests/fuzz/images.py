@@ -38,13 +38,21 @@ class Seed(NamedTuple):
 
 
 def _seed(
-    *, unit: int = UNIT, snapshot: bool = False, external: bool = False, **options: object
+    *,
+    unit: int = UNIT,
+    snapshot: bool = False,
+    external: bool = False,
+    bitmaps: bool = False,
+    **options: object,
 ) -> Seed:
     """A tiny image with every kind of cluster."""
     data = MemoryFile() if external else None
     file = MemoryFile(make(SIZE // UNIT * unit, data=data, cluster_size=unit, **options))
     writable = NodeOptions(read_only=False, filename="memory")
     disk = open_image(file, data=data, node_options=writable)
+    if bitmaps:
+        for name in ("b0", "another", "third"):
+            DRIVER.add_bitmap(disk, name, UNIT)
     disk.write(3, b"guest" * unit)
     if not external:
         disk.write_compressed([(20 * unit, memoryview(b"packed12" * (unit // 8)))])
@@ -73,6 +81,13 @@ def _seed(
     spans.append((block, block + 64))
     if snapshot:
         spans.append((header.snapshots_offset, header.snapshots_offset + 80))
+    if bitmaps:
+        assert header.bitmaps is not None
+        start = header.bitmaps.directory_offset
+        # The extension, which is the first of this header, the directory and the first table.
+        spans += [(112, 144), (88, 96), *[(start, start + header.bitmaps.directory_size)] * 4]
+        table = int.from_bytes(content[start : start + 8], "big")
+        spans += [(table, table + 8)] * 2
     # Compressed data is among the rest.
     spans.append((0, len(content)))
     return Seed(content, spans, unit, None if data is None else bytes(data.content))
@@ -90,6 +105,7 @@ def fuzz_images(count: int, seed: int = 0) -> dict[str, int]:
     wide = {"unit": 16 << 10, "extended_l2": True}
     seeds += [_seed(**wide), _seed(snapshot=True, **wide), _seed(external=True, **wide)]
     seeds.append(_seed(external=True, data_file_raw=True))
+    seeds.append(_seed(bitmaps=True))
     reached = {"opened": 0, "read": 0, "checked": 0, "repaired": 0, "clean": 0}
     for number in range(count):
         one = seeds[number % len(seeds)]
@@ -115,6 +131,7 @@ def _read(seed: Seed, image: bytes, reached: dict[str, int]) -> None:
         lambda: disk.read(0, min(size, 100 * unit)),
         lambda: disk.read(20 * unit, 2 * unit),
         disk.info,
+        lambda: [list(bitmap.ranges()) for bitmap in disk.dirty_bitmaps],
     ):
         failed |= not _tolerates(action)
     reached["read"] += not failed
@@ -158,6 +175,10 @@ def _check_and_repair(
             disk.write(rng.randrange(size - 3 * unit), b"after" * 200)
             disk.write_zeroes(rng.randrange(size - unit), unit)
             disk.flush()
+        for bitmap in disk.dirty_bitmaps[1:]:
+            _tolerates(lambda name=bitmap.name: DRIVER.clear_bitmap(disk, name))
+        for bitmap in disk.dirty_bitmaps[:1]:
+            DRIVER.remove_bitmap(disk, bitmap.name)
         disk.close()
         disk = seed.opened(MemoryFile(file.content), writable, check=True)
         lines.clear()

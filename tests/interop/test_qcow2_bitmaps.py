@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -357,3 +358,73 @@ def test_a_crash_of_either(session: Session) -> None:
     assert qemu_bitmaps("i")[0]["flags"] == ["in-use", "auto"]
     run("qemu-img", "bitmap", "--remove", "i", "b")
     qemu_check("i")
+
+
+# -- damaged ones ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An image of QEMU's with two bitmaps, the first of which holds something."""
+    path = tmp_path_factory.mktemp("sound") / "i"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    run("qemu-img", "bitmap", "--add", "-g", "512", path, "b0")
+    run("qemu-img", "bitmap", "--add", "--disable", path, "b1")
+    run("qemu-io", "-c", "write 0 100k", path)
+    return path.read_bytes()
+
+
+ROWS: list[tuple[str, int, str, int]] = [
+    # Of the header's extension.
+    ("extension", -4, "I", 16),
+    *(("extension", 0, "I", count) for count in (0, 1, 3, 70000)),
+    ("extension", 4, "I", 1),
+    *(("extension", 8, "Q", size) for size in (0, 8, 63, 72, 1 << 40)),
+    *(("extension", 16, "Q", place) for place in (0, 513, 1 << 40, (1 << 64) - 65536)),
+    # Of an entry of the directory: table offset and size, flags, type, granularity, lengths, name.
+    *(("entry", 0, "Q", place) for place in (0, 513, 1 << 40, (1 << 64) - 65536)),
+    *(("entry", 8, "I", size) for size in (0, 2, 8192, 8193, 0xFFFFFFFF)),
+    *(("entry", 12, "I", flags) for flags in (1, 4, 6, 8)),
+    *(("entry", 16, "B", kind) for kind in (0, 2)),
+    *(("entry", 17, "B", bits) for bits in (8, 31, 32, 63, 255)),
+    *(("entry", 18, "H", length) for length in (1, 2000)),
+    *(("entry", 20, "I", length) for length in (8, 0xFFFFFFF0)),
+    ("entry", 24, "H", int.from_bytes(b"b1", "big")),
+    ("entry", 24, "H", 0xFFFE),
+    # Of a table.
+    *(("table", 0, "Q", word) for word in (1, 2, 1 << 60, 513 << 9, 1 << 40, 0x50001)),
+    # The bit that vouches for all of it.
+    ("features", 7, "B", 0),
+    ("features", 7, "B", 5),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_refused_in_the_same_words(row: tuple[str, int, str, int], sound: bytes) -> None:
+    structure, offset, format, value = row
+    image = bytearray(sound)
+    extension = sound.index(bytes.fromhex("2385287500000018")) + 8
+    (directory,) = struct.unpack_from(">Q", sound, extension + 16)
+    (table,) = struct.unpack_from(">Q", sound, directory)
+    start = {"extension": extension, "entry": directory, "table": table, "features": 88}[structure]
+    struct.pack_into(f">{format}", image, start + offset, value)
+    Path("i").write_bytes(image)
+    done = subprocess.run(
+        ["qemu-img", "info", "-f", "qcow2", "i"], capture_output=True, check=False
+    )
+    theirs = done.stderr.decode().strip().removeprefix("qemu-img: Could not open 'i': ")
+    told: list[str] = []
+    ours = ""
+    for inspect in (True, False):
+        try:
+            with Backend.open(
+                "i", session=Session(warn=told.append), format="qcow2", inspect=inspect
+            ) as disk:
+                for bitmap in disk.node.dirty_bitmaps:
+                    list(bitmap.ranges())
+        except LaminaError as error:
+            ours = str(error)
+    if told:
+        theirs = theirs.removeprefix("qemu-img: ")
+        ours = told[0]
+    assert ours == theirs

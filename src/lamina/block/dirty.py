@@ -70,13 +70,13 @@ class DirtyBitmap:
 
     @property
     def is_changed(self) -> bool:
-        """Bits are not what storage has (``stored``)."""
+        """Bits are not what storage has."""
         return bool(self._bits.changed)
 
-    def stored(self) -> None:
-        """Storage has these bits now."""
+    def not_stored(self, chunks: Iterable[int]) -> None:
+        """Storage has not got these chunks of bits after all."""
         with self._lock:
-            self._bits.changed.clear()
+            self._bits.changed.update(chunks)
 
     def load(self) -> None:
         """Have the bits in memory. Raises what reading them raises."""
@@ -199,8 +199,10 @@ class DirtyBitmap:
             return len(bits) << self._shift
 
 
-def check_granularity(granularity: int) -> None:
+def check_new(name: str, granularity: int) -> None:
     """Raises UsageError for what no bitmap can have."""
+    if not name:
+        raise UsageError("Bitmap name cannot be empty")
     if (
         granularity & (granularity - 1)
         or not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY

@@ -163,6 +163,9 @@ class Driver:
 
     def add_bitmap(self, node: Node, name: str, granularity: int | None) -> None:
         """A new bitmap that records; ``granularity`` in bytes, None: what suits the image."""
+        from lamina.block.dirty import MIN_GRANULARITY, check_new
+
+        check_new(name, MIN_GRANULARITY if granularity is None else granularity)
         raise ImageUnsupported(
             f"Can't store persistent bitmaps to {node.name}: Operation not supported"
         )

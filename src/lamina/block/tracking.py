@@ -1,9 +1,9 @@
 """How a node marks what is written to it in its dirty bitmaps.
 
 A node that has bitmaps gets its methods that change data replaced, on the instance alone: nodes
-without bitmaps pay nothing. Marks are made once a request is over, whether or not it succeeded: a
-job that cleaned a granule, and then read it while the request was under way, must find it dirty
-again.
+without bitmaps pay nothing. Marks are made twice. Before a request begins, so that a bitmap that is
+stored at any later moment tells of it; and once it is over, whether or not it succeeded, so that
+somebody who cleaned a granule and read it while the request was under way finds it dirty again.
 """
 
 from __future__ import annotations
@@ -76,35 +76,44 @@ class StandIn:
             bitmap.mark(spans)
 
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
+        # Most writes have no flags, and operators of an enum are slow.
+        if flags and flags & _UNCHANGED:
+            self._writev(requests, flags)
+            return
+        spans = [(offset, len(data)) for offset, data in requests]
+        self._mark(spans)
         try:
             self._writev(requests, flags)
         finally:
-            # Most writes have no flags, and operators of an enum are slow.
-            if not flags or not flags & _UNCHANGED:
-                self._mark([(offset, len(data)) for offset, data in requests])
+            self._mark(spans)
 
     def write_compressed(self, requests: Sequence[WriteRequest]) -> None:
+        spans = [(offset, len(data)) for offset, data in requests]
+        self._mark(spans)
         try:
             self._write_compressed(requests)
         finally:
-            self._mark([(offset, len(data)) for offset, data in requests])
+            self._mark(spans)
 
     def write_zeroes(
         self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE
     ) -> None:
+        spans = [] if flags & _UNCHANGED else [(offset, length)]
+        self._mark(spans)
         try:
             self._write_zeroes(offset, length, flags)
         finally:
-            if not flags & _UNCHANGED:
-                self._mark([(offset, length)])
+            self._mark(spans)
 
     def _discard(self, offset: int, length: int) -> None:
+        self._mark([(offset, length)])
         try:
             self._discard_below(offset, length)
         finally:
             self._mark([(offset, length)])
 
     def copy_range_from(self, source: Node, source_offset: int, offset: int, length: int) -> int:
+        self._mark([(offset, length)])
         try:
             return self._copy_range_from(source, source_offset, offset, length)
         finally:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from lamina.block.bitset import Bitset
-from lamina.block.dirty import DirtyBitmap, check_granularity
+from lamina.block.dirty import DirtyBitmap, check_new
 from lamina.block.limits import WriteFlags
 from lamina.block.node import NodeOptions
 from lamina.block.tracking import track, untrack
@@ -145,9 +145,13 @@ def test_bits_are_loaded_when_they_are_needed() -> None:
     assert granules(bitmap) == {0, 1, 2, 8, 9}
     assert bitmap.dirty_bytes == 5 * 512
     assert loads == [1]
-    bitmap.stored()
+    with bitmap.bits() as bits:
+        assert bits.changed == {0}
+        bits.changed.clear()
     bitmap.mark([(0, 1024)])
     assert not bitmap.is_changed
+    bitmap.not_stored({0})
+    assert bitmap.is_changed
 
 
 def test_bits_that_cannot_be_loaded() -> None:
@@ -171,7 +175,7 @@ def test_inconsistent_ones_are_of_no_use() -> None:
 @pytest.mark.parametrize("granularity", [0, 256, 1000, 1 << 32])
 def test_granularities_that_cannot_be(granularity: int) -> None:
     with pytest.raises(UsageError, match="Granularity must be power of 2 and at least 512"):
-        check_granularity(granularity)
+        check_new("b", granularity)
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -222,15 +226,21 @@ def test_a_write_that_failed_is_marked() -> None:
     assert list(bitmap.ranges()) == [(1024, 512)]
 
 
-def test_marked_after_the_data_is_there() -> None:
-    """A job that cleans a granule and reads it meanwhile will look again."""
+def test_marked_before_and_after() -> None:
+    """Who cleans a granule, and reads it while it is written, will look again."""
     disk = node()
     bitmap = DirtyBitmap("b", SIZE, 512)
     track(disk, bitmap)
     seen = []
-    disk.hook = lambda kind, offset, length: seen.append(bitmap.dirty_bytes)
+
+    def clean(kind: str, offset: int, length: int) -> None:
+        seen.append(bitmap.dirty_bytes)
+        bitmap.clear()
+
+    disk.hook = clean
     disk.write(0, b"x")
-    assert seen == [0]
+    # Whoever stores the bitmap meanwhile stores this, too.
+    assert seen == [512]
     assert bitmap.dirty_bytes == 512
 
 

@@ -131,6 +131,8 @@ class Stored(NamedTuple):
     """What was allocated for it, to be cancelled should the directory not name it after all."""
     freed: list[Freed]
     """What held the bitmap before, to be given back once the directory names the new table."""
+    chunks: set[int]
+    """Those of its bits that had changed, and count as stored now."""
 
 
 def store_bits(mapping: Qcow2Mapping, entry: BitmapEntry | None, dirty: DirtyBitmap) -> Stored:
@@ -150,20 +152,25 @@ def store_bits(mapping: Qcow2Mapping, entry: BitmapEntry | None, dirty: DirtyBit
     if large:
         table = old[:size] + table[len(old) :]
     taken: list[Freed] = []
+    changed: set[int] = set()
     try:
         if not large or dirty.is_changed:
             with dirty.bits() as bits:
                 chunks = bits.changed if large else bits.chunks
                 _write_clusters(mapping, bits, _clusters(chunks, unit, size), table, taken)
+                # What is marked from here on is news again.
+                changed.update(bits.changed)
+                bits.changed.clear()
         place = write_new(mapping, to_big_endian(table), "bitmap table", taken)
     except BaseException:
+        dirty.not_stored(changed)
         cancel(mapping, taken)
         raise
     left = (word for index, word in enumerate(old) if index >= size or table[index] != word)
     freed = [Freed(word >> header.cluster_bits, 1) for word in left if _names_cluster(word)]
     if entry is not None:
         freed.append(_table_run(header, entry))
-    return Stored(place, size, taken, freed)
+    return Stored(place, size, taken, freed, changed)
 
 
 def _names_cluster(word: int) -> bool:

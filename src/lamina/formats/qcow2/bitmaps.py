@@ -15,7 +15,7 @@ import errno
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lamina.block.dirty import DirtyBitmap, check_granularity
+from lamina.block.dirty import DirtyBitmap, check_new
 from lamina.block.tracking import track, untrack
 from lamina.errors import ImageUnsupported, LaminaError, Refused, UsageError
 from lamina.formats.qcow2.allocation import Freed
@@ -31,6 +31,7 @@ from lamina.formats.qcow2.bitmap_layout import (
     table_entries,
 )
 from lamina.formats.qcow2.bitmap_storage import (
+    Stored,
     cancel,
     clusters_of,
     load_bits,
@@ -95,15 +96,8 @@ class Bitmaps:
 
     @property
     def entries(self) -> list[BitmapEntry]:
-        """The directory as it would be if everything were stored now."""
-        return [
-            item.entry
-            if item.entry is not None
-            else BitmapEntry(
-                item.dirty.name, 0, 0, item.flags, item.dirty.granularity.bit_length() - 1
-            )
-            for item in self.items
-        ]
+        """The directory, and behind it those that it does not know yet."""
+        return [_entry(item) if item.entry is None else item.entry for item in self.items]
 
     def attach(self) -> None:
         """Have the disk mark in these bitmaps what is written to it. Twice is harmless."""
@@ -132,9 +126,7 @@ class Bitmaps:
             raise Refused("Block node is read-only", errno=errno.EACCES)
         if granularity is None:
             granularity = min(max(header.cluster_size, 4 * KIB), 64 * KIB)
-        check_granularity(granularity)
-        if not name:
-            raise UsageError("Bitmap name cannot be empty")
+        check_new(name, granularity)
         if any(one.name == name for one in disk.dirty_bitmaps):
             raise UsageError(f"Bitmap already exists: {name}", errno=errno.EEXIST)
         reason = self._not_storable(name, granularity)
@@ -153,10 +145,10 @@ class Bitmaps:
         header = self._mapping.header
         if header.version < 3:
             return "Cannot store dirty bitmaps in qcow2 v2 files"
-        if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
-            return f"Name length exceeds maximum ({MAX_NAME} characters)"
         if bitmap_bytes(header.size, granularity) > MAX_BITS:
             return "Too much space will be occupied by the bitmap. Use larger granularity"
+        if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
+            return f"Name length exceeds maximum ({MAX_NAME} characters)"
         if len(self.items) >= MAX_BITMAPS:
             return "Maximum number of persistent bitmaps is already reached"
         new = BitmapEntry(name, 0, 0, 0, 0)
@@ -277,39 +269,30 @@ class Bitmaps:
     def _store_all(self) -> None:
         """Write all bitmaps anew; if that fails, none."""
         entries: list[BitmapEntry] = []
+        written: list[tuple[Persistent, Stored]] = []
         taken: list[Freed] = []
-        freed: list[Freed] = []
         try:
             for item in self.items:
                 if not item.dirty.inconsistent:
-                    entries.append(self._write(item, taken, freed))
+                    stored = self._write(item)
+                    written.append((item, stored))
+                    taken += stored.taken
+                    entries.append(_entry(item, stored))
                 elif item.entry is not None:
                     entries.append(item.entry)
-            self._switch(entries, taken, freed)
+            self._switch(entries, taken, [run for _, stored in written for run in stored.freed])
         except BaseException:
+            for item, stored in written:
+                item.dirty.not_stored(stored.chunks)
             cancel(self._mapping, taken)
             raise
-        for item in self.items:
-            item.dirty.stored()
 
-    def _write(
-        self, item: Persistent, taken: list[Freed], freed: list[Freed]
-    ) -> BitmapEntry:
-        """Write table and bits; the new entry of the directory."""
-        dirty = item.dirty
+    def _write(self, item: Persistent) -> Stored:
         try:
-            stored = store_bits(self._mapping, item.entry, dirty)
+            return store_bits(self._mapping, item.entry, item.dirty)
         except LaminaError as error:
-            raise error.in_context(f"Failed to write bitmap '{dirty.name}' to file: ") from None
-        taken += stored.taken
-        freed += stored.freed
-        return BitmapEntry(
-            dirty.name,
-            stored.table_offset,
-            stored.table_size,
-            item.flags,
-            dirty.granularity.bit_length() - 1,
-        )
+            name = item.dirty.name
+            raise error.in_context(f"Failed to write bitmap '{name}' to file: ") from None
 
     def store_finally(self) -> None:
         """The same, the last time: what is lost now is lost, and reported."""
@@ -394,6 +377,13 @@ class Bitmaps:
 
     def _clusters(self, length: int) -> int:
         return -(-length >> self._mapping.header.cluster_bits)
+
+
+def _entry(item: Persistent, stored: Stored | None = None) -> BitmapEntry:
+    """Of the directory, for a bitmap that was stored there."""
+    dirty = item.dirty
+    place, size = (0, 0) if stored is None else (stored.table_offset, stored.table_size)
+    return BitmapEntry(dirty.name, place, size, item.flags, dirty.granularity.bit_length() - 1)
 
 
 def keep_only(mapping: Qcow2Mapping, entries: Sequence[BitmapEntry]) -> None:

@@ -46,6 +46,7 @@ class Bat:
         self.blocks = parameters.blocks
         self.ratio = parameters.chunk_ratio
         self.ratio_bits = self.ratio.bit_length() - 1
+        self.chunks = -(-self.blocks // self.ratio)
         self.count = parameters.bat_entries
 
     def place(self, index: int) -> tuple[int, int]:

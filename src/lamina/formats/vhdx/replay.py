@@ -31,7 +31,7 @@ _CHUNK = MIB
 """Bytes of a log that are looked at together."""
 _MAX_ENTRY = 64 * MIB
 """Bytes, and …"""
-_MAX_DESCRIPTORS = 1 << 16
+_MAX_DESCRIPTORS = 1 << 14
 """… descriptors that a log may make us hold. Logs in use are a megabyte long."""
 
 

@@ -44,6 +44,8 @@ class Space:
         if at < 0:
             at = len(used.rstrip(b"\0"))
         self._clear(at * MIB, length)
+        # Before anything names it, that it reads as zeroes is durable.
+        self._mapping.metadata.data_written(self._mapping.file)
         if at * MIB + length > self._mapping.file.size:
             self._extend(at * MIB + length)
         if len(used) < at + count:
