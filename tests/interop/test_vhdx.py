@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import random
 import shutil
 import subprocess
@@ -20,12 +19,12 @@ from lamina.testing.memory import MemoryFile
 from lamina.tools import img
 from lamina.tools.tool import Tool
 from lamina.units import KIB, MIB
+from tests.interop.samples import sample
 from tests.unit.vhdx.images import READ_ONLY, logged, make, open_image
 
 pytestmark = pytest.mark.peer
 
 SIZE = 20 * MIB + 512 * 24
-SAMPLES = Path(__file__).parents[2] / ".peers/iotests/tests/qemu-iotests/sample_images"
 
 
 @pytest.fixture
@@ -212,19 +211,16 @@ def test_logs_of_others(tmp_path: Path, kind: str) -> None:
     compare_replays(content, tmp_path / "log.vhdx", MIB)
 
 
-def sample(name: str, tmp_path: Path) -> Path:
-    packed = SAMPLES / f"{name}.vhdx.bz2"
-    if not packed.exists():
-        pytest.skip("QEMU's sample images are not here: python -m tests.iotests fetches them")
+def unpacked(name: str, tmp_path: Path) -> Path:
     path = tmp_path / f"{name}.vhdx"
-    path.write_bytes(bz2.decompress(packed.read_bytes()))
+    path.write_bytes(sample(f"{name}.vhdx"))
     return path
 
 
 @pytest.mark.parametrize("name", ["iotest-dynamic-1G", "test-disk2vhd"])
 def test_samples_of_others(tmp_path: Path, session: Session, name: str) -> None:
     """Written by Hyper-V and by disk2vhd."""
-    image = sample(name, tmp_path)
+    image = unpacked(name, tmp_path)
     raw = tmp_path / "theirs.raw"
     run("qemu-img", "convert", "-O", "raw", image, raw)
     with Backend.open(str(image), session=session) as disk, open(raw, "rb") as expected:
@@ -241,7 +237,7 @@ def test_samples_of_others(tmp_path: Path, session: Session, name: str) -> None:
 
 def test_dirty_sample(tmp_path: Path, session: Session) -> None:
     """A log that QEMU left behind: read in memory, then carried out as QEMU does it."""
-    ours = sample("iotest-dirtylog-10G-4M", tmp_path)
+    ours = unpacked("iotest-dirtylog-10G-4M", tmp_path)
     theirs = tmp_path / "theirs.vhdx"
     shutil.copy(ours, theirs)
     before = ours.read_bytes()
