@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 
@@ -9,9 +10,12 @@ import pytest
 
 from lamina.block.backend import Backend
 from lamina.block.creation import create_image
+from lamina.block.registry import driver
 from lamina.block.secrets import Secrets
 from lamina.block.session import Session
+from lamina.ciphers.luks.keys import STRIPES
 from lamina.errors import LaminaError
+from lamina.formats.luks.options import LuksAmendOptions
 
 pytestmark = pytest.mark.peer
 
@@ -23,6 +27,37 @@ COMBINATIONS = [
     {"cipher-mode": "ctr", "hash-alg": "sha512"},
     {"cipher-mode": "ecb", "cipher-alg": "aes-128", "ivgen-alg": "plain"},
 ]
+CIPHERS = ("aes-128", "aes-192", "aes-256", "cast5-128")
+"""Those of QEMU that the library has."""
+HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5")
+ESSIV_KEYS = {"md5": 16, "sha256": 32}
+"""Hashes whose digests are keys of AES, in bytes; of CAST5 only the shorter one is."""
+
+
+def accepted(cipher: str, mode: str, ivgen: str, iv_hash: str | None) -> bool:
+    """Whether QEMU makes such a volume."""
+    if cipher == "cast5-128" and mode == "xts":
+        return False
+    if ivgen == "essiv":
+        size = ESSIV_KEYS.get(iv_hash or "sha256", 0)
+        return size == 16 if cipher == "cast5-128" else size > 0
+    return True
+
+
+def qemu_opens(cipher: str, bits: int) -> bool:
+    """It knows no mode without an IV generator, and an assertion of its own ends it where the split
+    key does not fill its last sector."""
+    return cipher != "aes-ecb" and bits // 8 * STRIPES % 512 == 0
+
+
+EVERYTHING = [
+    (cipher, mode, ivgen, iv_hash)
+    for cipher, mode in itertools.product(CIPHERS, ("xts", "cbc", "ctr", "ecb"))
+    for ivgen, iv_hash in (
+        ("plain", None), ("plain64", None), ("essiv", "md5"), ("essiv", "sha256"),
+        ("essiv", "sha1"),
+    )
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -78,6 +113,129 @@ def test_ours_reads_qemu(tmp_path, session, options):
         assert disk.read(0, SIZE) == qemu_content(image, tmp_path / "raw")
 
 
+@pytest.mark.parametrize(
+    "number", range(len(EVERYTHING)), ids=lambda n: "-".join(map(str, EVERYTHING[n]))
+)
+def test_every_combination(tmp_path, session, number):
+    """Made by us, opened by QEMU, or refused by both in the same words."""
+    cipher, mode, ivgen, iv_hash = EVERYTHING[number]
+    options = {
+        "key-secret": "key", "iter-time": "0", "cipher-alg": cipher, "cipher-mode": mode,
+        "ivgen-alg": ivgen, "hash-alg": HASHES[number % len(HASHES)],
+    }  # fmt: skip
+    if iv_hash is not None:
+        options["ivgen-hash-alg"] = iv_hash
+    image = tmp_path / "ours.luks"
+    bits = int(cipher.partition("-")[2]) * (2 if mode == "xts" else 1)
+    if not accepted(cipher, mode, ivgen, iv_hash):
+        given = ",".join(f"{key}={value}" for key, value in options.items())
+        theirs = tmp_path / "theirs.luks"
+        command = ["qemu-img", "create", "-q", *SECRET, "-f", "luks", "-o", given, theirs, "1M"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        with pytest.raises(LaminaError) as refused:
+            create_image(str(image), "luks", session=session, options=options, size=1 << 16)
+        assert done.stderr == f"qemu-img: {theirs}: {refused.value}\n"
+        return
+    create_image(str(image), "luks", session=session, options=options, size=1 << 16)
+    content = bytearray(random.Random(number).randbytes(1 << 16))
+    with Backend.open(
+        str(image), session=session, format="luks", writable=True, options={"key-secret": "key"}
+    ) as disk:
+        disk.write(0, content)
+    if qemu_opens(f"{cipher}-{mode}", bits):
+        target = f"driver=luks,file.filename={image},key-secret=key"
+        run("qemu-io", *SECRET, "--image-opts", target, "-c", "write -P 0x5a 1024 5120")
+        content[1024:6144] = b"\x5a" * 5120
+        assert qemu_content(image, tmp_path / "raw") == content
+    with Backend.open(
+        str(image), session=session, format="luks", options={"key-secret": "key"}
+    ) as disk:
+        assert disk.read(0, disk.size) == content
+
+
+@pytest.mark.parametrize(
+    ("cipher", "bits", "hash_name"),
+    [
+        ("aes-xts-plain64", 256, "sha256"),
+        ("aes-xts-plain64", 512, "sha512"),
+        ("aes-xts-plain", 512, "ripemd160"),
+        ("aes-cbc-essiv:sha256", 256, "sha1"),
+        ("aes-cbc-essiv:sha256", 128, "sha384"),
+        ("aes-cbc-plain", 128, "sha224"),
+        ("aes-cbc-plain64", 192, "sha256"),
+        ("aes-ecb", 256, "sha256"),
+    ],
+)
+def test_volumes_of_cryptsetup(tmp_path, session, cipher, bits, hash_name):
+    """Any of its volumes opens here with any of its keys, and knows a key that we add."""
+    keys = []
+    for name, passphrase in (("first", b"first key"), ("second", b"open sesame")):
+        keys.append(tmp_path / name)
+        keys[-1].write_bytes(passphrase)
+    image = tmp_path / "volume"
+    image.write_bytes(bytes(4 << 20))
+    fast = ("--batch-mode", "--pbkdf-force-iterations", "1000")
+    run(
+        "cryptsetup", "luksFormat", "--type", "luks1", *fast, "--cipher", cipher,
+        "--key-size", bits, "--hash", hash_name, "--key-file", keys[0], image,
+    )  # fmt: skip
+    run(
+        "cryptsetup", "luksAddKey", *fast, "--key-slot", 5, "--key-file", keys[0], image, keys[1]
+    )
+    with Backend.open(
+        str(image), session=session, format="luks", writable=True, options={"key-secret": "key"}
+    ) as disk:
+        content = random.Random(bits).randbytes(disk.size)
+        disk.write(0, content)
+        session.secrets.add("new", b"a third one")
+        change = LuksAmendOptions(state="active", new_secret="new", iter_time=1)
+        driver("luks").amend(disk.node, change, lambda done: None, force=False)
+    with Backend.open(
+        str(image), session=session, format="luks", options={"key-secret": "new"}
+    ) as disk:
+        assert disk.read(0, disk.size) == content
+    if qemu_opens(cipher, bits):
+        assert qemu_content(image, tmp_path / "raw") == content
+    third = tmp_path / "third"
+    third.write_bytes(b"a third one")
+    run("cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", third, image)
+
+
+def test_detached_headers(tmp_path, session):
+    """Made by us and by cryptsetup, opened by us, QEMU and cryptsetup."""
+    key = tmp_path / "key"
+    key.write_bytes(b"open sesame")
+    ours, theirs = tmp_path / "ours.header", tmp_path / "theirs.header"
+    options = {"key-secret": "key", "iter-time": "1", "detached-header": "on"}
+    create_image(str(ours), "luks", session=session, options=options, size=SIZE)
+    run("cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", key, ours)
+    payload = tmp_path / "payload"
+    for header in (ours, theirs):
+        payload.write_bytes(bytes(SIZE))
+        if header is theirs:
+            run(
+                "cryptsetup", "luksFormat", "--type", "luks1", "--batch-mode",
+                "--pbkdf-force-iterations", "1000", "--key-file", key, "--header", header, payload,
+            )  # fmt: skip
+        given = {"key-secret": "key", "header.driver": "file", "header.filename": str(header)}
+        content = random.Random(5).randbytes(SIZE)
+        with Backend.open(
+            str(payload), session=session, format="luks", writable=True, options=given
+        ) as disk:
+            assert disk.size == SIZE
+            assert disk.info().specific["detached-header"]
+            disk.write(0, content)
+        assert payload.read_bytes() != content
+        target = (
+            f"driver=luks,key-secret=key,file.driver=file,file.filename={payload},"
+            f"header.driver=file,header.filename={header}"
+        )
+        raw = tmp_path / "raw"
+        run("qemu-img", "convert", *SECRET, "--image-opts", target, "-O", "raw", raw)
+        assert raw.read_bytes() == content
+
+
 def test_cryptsetup_and_we(tmp_path, session):
     """cryptsetup makes a volume that opens here, and knows ours as a volume with this key."""
     key = tmp_path / "key"
@@ -117,9 +275,6 @@ def test_what_is_missing_is_said(tmp_path, session):
 
 def test_key_slots_are_amended(tmp_path, session):
     """What our amend adds opens in QEMU, what it erases does not."""
-    from lamina.block.registry import driver
-    from lamina.formats.luks.options import LuksAmendOptions
-
     image = tmp_path / "ours.luks"
     options = {"key-secret": "key", "iter-time": "10"}
     create_image(str(image), "luks", session=session, options=options, size=SIZE)

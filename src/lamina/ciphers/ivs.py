@@ -33,9 +33,12 @@ def generator(name: str, hash_name: str | None, cipher: str, key: bytes) -> Gene
             raise ImageUnsupported("Missing IV generator hash specification")
         salt = hashlib.new(hash_name, key).digest()
         if len(salt) not in KEY_SIZES.get(cipher, ()):
-            raise ImageUnsupported(
-                f"No {cipher.upper()} cipher with key size {len(salt)} available"
-            )
+            if cipher == "aes":
+                message = f"No AES cipher with key size {len(salt)} available"
+            else:
+                # CAST5, whose keys are all of one length.
+                message = f"Cipher {cipher}-128 not supported with essiv"
+            raise ImageUnsupported(message)
         encrypt = BlockCipher(cipher, salt).encrypt
         return lambda sectors, size: _from_bytes(encrypt(plain64(sectors, size)), size)
     raise ImageUnsupported(f"Algorithm '{name}' not supported")
