@@ -222,6 +222,26 @@ class TestStaticVdi(OnImage):
     creation = {"static": "on"}
 
 
+class TestVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on"}
+
+
+class TestFixedVpc(OnImage):
+    format = "vpc"
+    creation = {"force_size": "on", "subformat": "fixed"}
+
+
+class TestDifferencingVpc(OnImage):
+    format = "vpc"
+
+    def make(self, size: int) -> Node:
+        base, name = str(self.path / "base"), str(self.path / "disk")
+        create_image(base, "vpc", session=Session(), options={"force_size": "on"}, size=size)
+        create_image(name, "vpc", session=Session(), backing_file="base", backing_format="vpc")
+        return self.open()
+
+
 class TestVhdx(OnImage):
     format = "vhdx"
     creation = {"block_size": "1M"}
@@ -322,25 +342,6 @@ class TestVmdkOfTwoExtents(TestVmdk):
         ]
         text = 'version=1\nCID=1\nparentCID=ffffffff\ncreateType="twoGbMaxExtentSparse"\n'
         (self.path / "disk").write_text(text + "\n".join(lines) + "\n")
-
-
-class TestVpc(OnImage):
-    format = "vpc"
-    creation = {"force_size": "on"}
-
-
-class TestFixedVpc(OnImage):
-    format = "vpc"
-    creation = {"force_size": "on", "subformat": "fixed"}
-
-
-class TestDifferencingVpc(OnImage):
-    format = "vpc"
-
-    def make(self, size: int) -> Node:
-        base, name = str(self.path / "base"), str(self.path / "disk")
-        create_image(base, "vpc", session=Session(), options={"force_size": "on"}, size=size)
-        create_image(name, "vpc", session=Session(), backing_file="base", backing_format="vpc")
         return self.open()
 
 

@@ -116,6 +116,29 @@ def test_resizing_moves_the_table() -> None:
     assert sizes == {2 * MIB, size}
 
 
+def test_shrinking_gives_bitmaps_back() -> None:
+    """Each describes 4 GiB: the second one goes, its space is used again, the disk grows again."""
+    size, head = 5 << 30, 2 * MIB
+    parent = filled(make(size), BELOW[:head])
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        disk = open_image(file, parent=parent)
+        guest.write(disk, 100, b"a" * 1000)
+        disk.write(size - MIB + 100, b"far" * 100)
+        guest.flush(disk)
+        disk.truncate(head)
+        guest.write(disk, MIB - 100, b"b" * 1000)
+        guest.flush(disk)
+        disk.truncate(size)
+        disk.write(size - MIB + 5000, b"far" * 100)
+        guest.flush(disk)
+        disk.close()
+
+    initial = make(size, parent=parent)
+    for cut in power_cuts(workload, initial=initial, guest_content=BELOW[:head], subsets=0):
+        cut.verify(read_after(cut.content, parent, head))
+
+
 def test_tables_ahead_of_the_log_are_found() -> None:
     """The proof can fail: without the flushes around the log images break."""
     parent = filled(make(SIZE), BELOW)

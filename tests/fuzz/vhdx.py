@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from lamina.block.driver import Fix
 from lamina.errors import LaminaError
-from lamina.formats.vhdx import layout, locator
+from lamina.formats.vhdx import layout, locator, metadata
 from lamina.formats.vhdx.check import check
 from lamina.formats.vhdx.log import Change, pack_entry, parse_entry
 from lamina.testing.memory import MemoryFile
@@ -32,9 +32,9 @@ def _structures() -> list[tuple[Callable[[bytes], object], bytes, int]]:
             layout.Region(layout.METADATA_REGION, 3 * MIB, MIB),
         ]
     )
-    content = {name: data for name, _, data in layout.Parameters(SIZE, MIB).pack()}
-    table = layout.pack_items(
-        [layout.Item(name, 64 * KIB, len(data), 6) for name, data in content.items()]
+    content = {name: data for name, _, data in metadata.Parameters(SIZE, MIB).pack()}
+    table = metadata.pack_items(
+        [metadata.Item(name, 64 * KIB, len(data), 6) for name, data in content.items()]
     ).ljust(64 * KIB, b"\0")
     items = b"".join(content.values())
     entry = pack_entry(
@@ -48,15 +48,15 @@ def _structures() -> list[tuple[Callable[[bytes], object], bytes, int]]:
 
     def parse_items(data: bytes) -> object:
         found, at = {}, 0
-        for name, length in layout.ITEM_LENGTHS.items():
+        for name, length in metadata.ITEM_LENGTHS.items():
             found[name] = data[at : at + length]
             at += length
-        return layout.parse_parameters(found)
+        return metadata.parse_parameters(found)
 
     return [
         (lambda data: layout.parse_header(layout.with_checksum(data)), header, 80),
         (lambda data: layout.parse_regions(layout.with_checksum(data)), regions, 80),
-        (lambda data: layout.parse_items(data, MIB), table, 200),
+        (lambda data: metadata.parse_items(data, MIB), table, 200),
         (parse_items, items, len(items)),
         (
             lambda data: parse_entry(layout.with_checksum(data)),

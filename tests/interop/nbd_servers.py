@@ -23,7 +23,7 @@ def run(*command: object, check: bool = True) -> str:
 
 @contextmanager
 def process(path: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
-    """A server until the end of the block; it is there when ``path`` is."""
+    """A server that listens on the socket ``path``, until the end of the block."""
     words = [str(word) for word in command]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -32,6 +32,7 @@ def process(path: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
                 assert server.poll() is None, server.stderr and server.stderr.read()
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
+            _wait_until_it_listens(path)
             yield server
         finally:
             if server.poll() is None:
@@ -52,12 +53,11 @@ def nbdkit(path: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     with process(
         path, "nbdkit", "-f", "-U", path, "--exportname", "disk", *arguments
     ) as server:
-        _wait_until_it_listens(path)
         yield server
 
 
 def _wait_until_it_listens(path: Path) -> None:
-    """nbdkit makes its socket a moment before it listens."""
+    """Servers make their sockets a moment before they listen."""
     deadline = time.monotonic() + 20
     while True:
         with socket.socket(socket.AF_UNIX) as connection:

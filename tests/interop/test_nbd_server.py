@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.nbd_servers import BIN, SIZE, lamina_nbd, process, qemu_nbd, run, url
+from tests.interop.nbd_servers import BIN, SIZE, lamina_nbd, nbdkit, process, qemu_nbd, run, url
 from tests.unit.nbd.serving import make_certificates
 
 pytestmark = pytest.mark.peer
@@ -289,6 +289,28 @@ def test_lists_what_qemu_nbd_lists(tmp_path: Path, options: str) -> None:
         assert not socket.exists()
     assert len(set(found)) == 1
     assert "export: 'a b'" in found[0]
+
+
+@pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["memory", "1M"],
+        ["--no-sr", "memory", "1M"],
+        ["--oldstyle", "memory", "1M"],
+        ["--mask-handshake=0", "memory", "1M"],
+        ["--filter=blocksize-policy", "memory", "1M", "blocksize-minimum=512"],
+    ],
+)
+def test_lists_other_servers_as_qemu_nbd_does(tmp_path: Path, options: list[str]) -> None:
+    socket = tmp_path / "socket"
+    found = []
+    with nbdkit(socket, *options):
+        for tool in (BIN / "lamina-nbd", "qemu-nbd"):
+            done = subprocess.run([tool, "-L", "-k", socket], capture_output=True, text=True)
+            text = done.stdout + done.stderr.replace("lamina-nbd", "qemu-nbd")
+            found.append((done.returncode, text))
+    assert found[0] == found[1]
 
 
 def test_ends_with_its_last_client(tmp_path: Path) -> None:

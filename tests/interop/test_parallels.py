@@ -110,8 +110,8 @@ def test_conversions(tmp_path):
     assert images[0][:44] + images[0][48:] == images[1][:44] + images[1][48:]
 
 
-@pytest.mark.parametrize("size", [0, 1, 513, 10 << 20, (1 << 40) + 512])
-@pytest.mark.parametrize("cluster", ["", "4k", "63k", "100000"])
+@pytest.mark.parametrize("size", [0, 513, (1 << 40) + 512])
+@pytest.mark.parametrize("cluster", ["", "4k", "100000"])
 def test_same_new_images(tmp_path, size, cluster):
     found = []
     for tool in ("lamina-img", "qemu-img"):
@@ -188,8 +188,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("fix", [[], ["-r", "leaks"], ["-r", "all"]], ids=" ".join)
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("more", [0, 100_000])
-def test_same_checks(tmp_path, damage, fix, more):
+def test_same_checks(tmp_path, damage, fix):
+    more = 100_000 if damage in ("none", "unclean", "duplicate") else 0
     image = tmp_path / "image"
     assert output("qemu-img", *CREATE, image, 1 << 20)[0] == 0
     writes = ["-c", "write -P 1 0 64k", "-c", "write -P 2 128k 64k", "-c", "write -P 3 256k 128k"]

@@ -232,7 +232,8 @@ def _amend(image: Image, number: int) -> None:
         image.qemu_checks()
         return
     image.we_amend(refcount_bits=16)
-    if choice["compression_type"] == "zlib":
+    newer = choice["compression_type"] != "zlib" or choice["extended_l2"] or choice["data_file"]
+    if not newer:
         image.we_amend(compat="0.10")
         image.qemu_checks()
         image.qemu_amends("compat=1.1")

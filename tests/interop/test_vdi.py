@@ -13,6 +13,7 @@ from lamina.block.creation import create_image
 from lamina.block.driver import Fix
 from lamina.block.registry import driver
 from lamina.block.session import Session
+from lamina.errors import ImageUnsupported
 from tests.interop.exchange import exercise, exercise_theirs, opened, run, same, sound
 
 pytestmark = [
@@ -97,3 +98,35 @@ def test_qemu_reads_what_was_resized(tmp_path: Path, size: int) -> None:
         disk.truncate(size)
     sound(image, "vdi")
     same(image, "vdi", content[:size] + bytes(max(size - SIZE, 0)))
+
+
+def test_a_second_reader_of_differencing_images(tmp_path: Path) -> None:
+    """VirtualBox alone makes them: ours is a dynamic one that was told its parent."""
+    from dissect.hypervisor.disk.vdi import VDI
+
+    parent, child = tmp_path / "parent.vdi", tmp_path / "child.vdi"
+    content = bytearray(SIZE)
+    for image in (parent, child):
+        create_image(str(image), "vdi", session=Session(), size=SIZE)
+    exercise(parent, "vdi", content, random.Random(1), 10)
+    data = bytearray(child.read_bytes())
+    data[0x4C] = 4
+    data[0x1A8:0x1B8] = parent.read_bytes()[0x188:0x198]
+    child.write_bytes(data)
+    options = {"backing.driver": "vdi", "backing.file.filename": str(parent)}
+    with opened(child, "vdi", options=options) as disk:
+        assert disk.read(0, SIZE) == content
+        disk.write(1_000_000, b"mine" * 30_000)
+        disk.write_zeroes(3 << 20, 1 << 20)
+        content[1_000_000:1_120_000] = b"mine" * 30_000
+        content[3 << 20 : 4 << 20] = bytes(1 << 20)
+        assert disk.read(0, SIZE) == content
+    with parent.open("rb") as below, child.open("rb") as above:
+        stream = VDI(above, VDI(below).open()).open()
+        found = bytearray()
+        while len(found) < SIZE:  # it reads no further than a block whose neighbour is free
+            stream.seek(len(found))
+            found += stream.read(min(1 << 20, SIZE - len(found)))
+    assert found == content
+    with pytest.raises(ImageUnsupported, match="non-NULL link UUID"):
+        opened(child, "vdi")

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from lamina.block.driver import Fix
 from lamina.block.registry import driver
 from lamina.block.session import Session
 from lamina.errors import LaminaError
+from lamina.formats.vmdk.descriptor import ExtentLine, compose
 from tests.interop.exchange import exercise, exercise_theirs, opened, run, same, sound
 from tests.interop.samples import sample
+from tests.unit.vmdk.esx import cowd_image, sesparse_image
 
 pytestmark = [
     pytest.mark.peer,
@@ -316,3 +319,28 @@ def test_images_of_others(tmp_path: Path) -> None:
     content = content[:free] + b"new" * 20000 + content[free + 60000 :]
     same(stream, "vmdk", bytearray(content))
     nothing_wrong(stream)
+
+
+@pytest.mark.parametrize(
+    ("create_type", "kind", "make", "grain"),
+    [("vmfsSparse", "VMFSSPARSE", cowd_image, 512), ("seSparse", "SESPARSE", sesparse_image, 4096)],
+)
+def test_images_of_esx(
+    tmp_path: Path, create_type: str, kind: str, make: Callable[..., bytes], grain: int
+) -> None:
+    """Made from their layouts: QEMU reads in them what we do."""
+    rng = random.Random(kind)
+    size = 9000 * grain
+    grains = {number: rng.randbytes(grain) for number in (0, 1, 3, 4095, 4096, 8999, 2)}
+    content = bytearray(size)
+    for number, data in grains.items():
+        content[number * grain : (number + 1) * grain] = data
+    image = tmp_path / "disk.vmdk"
+    (tmp_path / "extent").write_bytes(make(size, grains))
+    line = ExtentLine("RW", size, kind, "extent")
+    image.write_bytes(compose(create_type, [line]).encoded())
+    same(image, "vmdk", content)
+    with opened(image, "vmdk", writable=False) as disk:
+        assert disk.read(0, size) == content
+    for words in (["info"], ["map"], ["map", "--output=json"]):
+        assert run("lamina-img", *words, image) == run("qemu-img", *words, image)

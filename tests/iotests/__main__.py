@@ -33,10 +33,15 @@ def passing() -> dict[str, list[str]]:
 
 
 def fetch() -> None:
-    if not (SOURCE / "tests" / "qemu-iotests" / "check").exists():
-        SOURCE.parent.mkdir(exist_ok=True)
-        subprocess.run(["apt-get", "-qq", "update"], check=False)
-        subprocess.run([RUNNER / "fetch-iotests", SOURCE], check=True)
+    """Once, however many tests ask for it at the same time."""
+    import fcntl
+
+    SOURCE.parent.mkdir(exist_ok=True)
+    with open(SOURCE.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (SOURCE / "tests" / "qemu-iotests" / "check").exists():
+            subprocess.run(["apt-get", "-qq", "update"], check=False)
+            subprocess.run([RUNNER / "fetch-iotests", SOURCE], check=True)
 
 
 def tools(directory: Path) -> Path:

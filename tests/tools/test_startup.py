@@ -19,7 +19,8 @@ errors records units tools tools.arguments tools.opening tools.output tools.tool
 tools.img.command tools.img.info block block.alignment block.backend block.cache_modes
 block.driver block.extents block.filenames block.info block.keyvalue block.limits block.node
 block.opening block.options block.permissions block.policy block.probing block.registry
-block.secrets block.session protocols protocols.file protocols.file.holes protocols.file.locks
+block.secrets block.session protocols protocols.file protocols.file.cold protocols.file.holes
+protocols.file.locks
 protocols.file.node protocols.file.opening protocols.file.transfer engine engine.batches
 engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata engine.reader
 engine.workers

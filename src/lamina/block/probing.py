@@ -59,8 +59,10 @@ def _luks(head: bytes, filename: str) -> int:
 
 
 def _parallels(head: bytes, filename: str) -> int:
-    if b"<Parallels_disk_image" in head and head.lstrip(b"\xef\xbb\xbf").startswith(b"<"):
-        return 100  # the descriptor of a bundle, which QEMU takes for raw
+    if filename.rpartition("/")[2] == "DiskDescriptor.xml" and b"<Parallels_disk_image" in head:
+        # It names other files. A guest can write such a text onto its disk, but not choose the
+        # name of the file that this is kept in.
+        return 100
     known = head.startswith((b"WithoutFreeSpace", b"WithouFreSpacExt"))
     return 100 if known and _u32le(head, 16) == 2 else 0
 

@@ -66,7 +66,7 @@ class Writer:
             self.write_compressed(requests)
             return
         unit = mapping.allocation_unit or mapping.unit
-        if len(requests) == 1:
+        if len(requests) == 1 and len(requests[0][1]):
             offset, data = requests[0]
             end = offset + len(data)
             self._write_round(requests, [(offset // unit * unit, -(-end // unit) * unit)])

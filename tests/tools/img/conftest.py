@@ -61,6 +61,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(folder)
     try:
         _make_whole_images()
+        _make_other_formats()
         _make_broken_images()
     finally:
         os.chdir(before)
@@ -104,6 +105,19 @@ def _make_whole_images() -> None:
     _img("bitmap", "--add", "bm.qcow2", "b0")
     _img("bitmap", "--add", "-g", "4k", "--disable", "bm.qcow2", "b1")
     _io("bm.qcow2", "write 64k 100k")
+
+
+def _make_other_formats() -> None:
+    _img("create", "-f", "qed", "-b", "r.raw", "-F", "raw", "top.qed")
+    _io("top.qed", "write 64k 64k", "write -z 1M 128k", "write 128k 64k", format="qed")
+    for format in ("vdi", "vpc"):
+        _img("create", "-f", format, f"dynamic.{format}", "7M")
+        _io(f"dynamic.{format}", "write 4M 2M", "write 0 2M", format=format)
+    _img("create", "-f", "vdi", "-o", "static=on", "static.vdi", "2M")
+    _img("create", "-f", "vpc", "-o", "subformat=fixed", "fixed.vpc", "2M")
+    damaged = bytearray(Path("dynamic.vdi").read_bytes())
+    damaged[0x200:0x204] = struct.pack("<I", 77)
+    Path("damaged.vdi").write_bytes(damaged)
 
 
 def _make_broken_images() -> None:

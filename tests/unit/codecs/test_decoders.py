@@ -14,11 +14,11 @@ import lzfse
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.dmg.images import adc
 
 from lamina.codecs import decoder
 from lamina.codecs import zlib_stream as zlib_stream_codec
 from lamina.errors import ImageCorrupt, ImageUnsupported
+from tests.unit.dmg.images import adc
 
 ENCODERS = {
     "adc": adc,

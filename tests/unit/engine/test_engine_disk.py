@@ -682,3 +682,46 @@ def test_a_mapping_that_refuses_to_be_written_stays_read_only() -> None:
     assert disk.read_only
     assert storage(disk).read_only
     assert disk.read(0, 10) == bytes(10)
+
+
+def test_old_reads_are_waited_for_and_new_ones_go_on() -> None:
+    disk = make()
+    disk.write(0, b"x" * 2 * UNIT)
+    disk.flush()
+    file = storage(disk)
+    reading, go_on, drained = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(kind: str, offset: int, length: int) -> None:
+        if kind == "read" and length == UNIT:
+            reading.set()
+            assert go_on.wait(10)
+
+    file.hook = wait
+    old = threading.Thread(target=lambda: disk.read(0, UNIT))
+    old.start()
+    assert reading.wait(10)
+
+    def drain() -> None:
+        with disk.exclusive():
+            disk.drain_reads()
+        drained.set()
+
+    waiter = threading.Thread(target=drain)
+    waiter.start()
+    assert disk.read(UNIT, 10) == b"x" * 10
+    assert not drained.wait(0.05)
+    go_on.set()
+    assert drained.wait(10)
+    old.join()
+    waiter.join()
+
+
+def test_discards_of_parts_where_the_format_knows_them() -> None:
+    disk = make()
+    seen: list[tuple[int, int]] = []
+    disk.mapping.discard = lambda offset, length: seen.append((offset, length))  # type: ignore[method-assign]
+    disk.discard(100, 2 * UNIT)
+    disk.mapping.discard_unit = 512
+    disk.discard(100, 2 * UNIT)
+    assert seen == [(UNIT, UNIT), (512, 2 * UNIT - 512)]
+    assert disk.limits.discard_alignment == 512

@@ -215,11 +215,18 @@ def test_tls(tmp_path: Path, server_kind: str) -> None:
 # -- threads and connections -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("multi_conn", [False, True])
-def test_many_threads(tmp_path: Path, multi_conn: bool) -> None:
+def test_many_threads(tmp_path: Path, multi_conn: bool, secure: bool) -> None:
     """Large reads and writes at once, in more than sockets can hold: nobody waits for ever."""
-    with serving(tmp_path, size=8 << 20, multi_conn=multi_conn) as one:
-        node = open_export(one)
+    tls, options = None, {}
+    if secure:
+        make_certificates(tmp_path / "pki")
+        creds = str(tmp_path / "pki")
+        tls = TlsCredentials("x509", "server", creds)
+        options = {"tls": True, "tls_certificates": creds, "tls_hostname": "localhost"}
+    with serving(tmp_path, size=8 << 20, multi_conn=multi_conn, tls=tls) as one:
+        node = open_export(one, **options)
         failures: list[object] = []
 
         def work(number: int) -> None:

@@ -67,7 +67,7 @@ def test_list() -> None:
     assert style is Style.EXTENDED
     assert [export.name for export in found] == ["disk", "", "schön /x"]
     assert found[0] == replace(
-        DISK, flags=FLAGS | nbd.SEND_DF | nbd.BLOCK_STATUS_PAYLOAD
+        DISK, flags=FLAGS | nbd.SEND_DF | nbd.BLOCK_STATUS_PAYLOAD, sizes_told=True
     )
     assert server.done
     assert server.result is None

@@ -243,8 +243,13 @@ def test_an_image_of_another_size(bundle):
 
 
 def test_probing():
-    assert probe(descriptor(ONE, []).encode()[:512], "x.xml") == "parallels"
-    assert probe(b"some text about <Parallels_disk_image>", "x") == "raw"
+    head = descriptor(ONE, []).encode()[:512]
+    for name in ("DiskDescriptor.xml", "/some/where/disk.hdd/DiskDescriptor.xml"):
+        assert probe(head, name) == "parallels"
+        assert probe(b"something else", name) == "raw"
+    # A guest may write anything onto its disk.
+    for name in ("disk.raw", "xDiskDescriptor.xml", ""):
+        assert probe(head, name) == "raw"
 
 
 def test_fuzz(bundle):

@@ -9,6 +9,7 @@ import uuid
 
 import pytest
 
+from lamina.block.driver import Fix
 from lamina.block.node import NodeOptions
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
 from lamina.testing.memory import MemoryFile
@@ -120,6 +121,17 @@ def test_whoever_did_not_know_of_it(in_use):
     disk = opened(bytes(content))
     assert disk.dirty_bitmaps == []
     assert disk.context.warnings == ["warning: Format Extension is out of date and is ignored"]
+
+
+@pytest.mark.parametrize("in_use", [0, 0x746F6E59])
+@pytest.mark.parametrize("fix", [Fix(leaks=True), ALL])
+def test_repairs_leave_no_pointer_to_what_is_cut_off(in_use, fix):
+    content = bytearray(with_bits(b"\xff"))
+    struct.pack_into("<I", content, 44, in_use)
+    result, _, after = verify(bytes(content), fix)
+    assert result.leaks_fixed == 2
+    assert len(after) == len(content) - 2 * UNIT
+    assert struct.unpack_from("<Q", after, 56) == (0,)
 
 
 def test_writing_drops_it():

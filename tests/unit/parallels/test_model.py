@@ -66,3 +66,38 @@ TestSectors = model_test(
 TestOldSectors = model_test(
     OldSectors, size=SIZE, unit=63 * 512, resizable=False, examples=6, steps=15
 )
+
+
+def test_reopening():
+    """The image is closed for those who look at it between two writers."""
+    file = MemoryFile(empty_image(SIZE))
+    disk = open_image(file, prealloc=10_000)
+    for number in range(3):
+        disk.write(number * 5000, bytes([number + 1]) * 3000)
+        disk.reopen(read_only=True)
+        result, lines, _ = verify(bytes(file.content))
+        assert (result.corruptions, result.leaks, lines) == (0, 0, [])
+        assert disk.read(number * 5000, 3000) == bytes([number + 1]) * 3000
+        disk.reopen(read_only=False)
+    disk.discard(0, 10_000)
+    disk.write(90_000, b"x" * 5000)
+    disk.close()
+    assert verify(bytes(file.content))[1] == []
+    assert open_image(file).read(90_000, 5000) == b"x" * 5000
+
+
+def test_space_is_used_again_and_given_back():
+    file = MemoryFile(empty_image(SIZE))
+    disk = open_image(file)
+    disk.write(0, b"a" * 50 * 1024)
+    disk.flush()
+    full = len(file.content)
+    disk.discard(0, 20 * 1024)
+    disk.flush()
+    disk.write(60 * 1024, b"b" * 20 * 1024)
+    disk.flush()
+    assert len(file.content) == full
+    disk.discard(40 * 1024, 10 * 1024)
+    disk.close()
+    assert len(file.content) == full - 10 * 1024
+    assert verify(bytes(file.content))[1] == []

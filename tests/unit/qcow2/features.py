@@ -18,11 +18,13 @@ Choice = dict[str, Any]
 FEATURES: dict[str, tuple[Any, ...]] = {
     # Options of ``create``, by the names of the fields; the first value is the default.
     "compat": ("1.1", "0.10"),
-    "cluster_size": (64 * KIB, 512, 4 * KIB, 2048 * KIB),
+    "cluster_size": (64 * KIB, 512, 4 * KIB, 16 * KIB, 2048 * KIB),
     "refcount_bits": (16, 1, 2, 4, 8, 32, 64),
     "compression_type": ("zlib", "zstd"),
     "encrypt_format": (None, "luks", "aes"),
     "lazy_refcounts": (False, True),
+    "extended_l2": (False, True),
+    "data_file": (None, "data", "raw"),
     # What else an image has.
     "backing": (None, "raw", "qcow2"),
     "snapshots": (0, 2),
@@ -40,6 +42,12 @@ def accepted(choice: Choice) -> bool:
         return False
     if old and choice["lazy_refcounts"]:
         return False
+    if choice["extended_l2"] and (old or choice["cluster_size"] < 16 * KIB):
+        return False
+    if choice["data_file"] and (old or choice["snapshots"]):
+        return False
+    if choice["data_file"] == "raw" and choice["backing"]:
+        return False
     # One snapshot makes it two references, two make it three.
     return bool(choice["snapshots"] < (1 << choice["refcount_bits"]))
 
@@ -47,12 +55,17 @@ def accepted(choice: Choice) -> bool:
 def compresses(choice: Choice) -> bool:
     """Whether clusters may be compressed. Many share a host cluster, which their counts must say:
     narrow ones leave them apart."""
-    return choice["encrypt_format"] is None and choice["refcount_bits"] >= 8
+    if choice["encrypt_format"] or choice["data_file"]:
+        return False
+    return bool(choice["refcount_bits"] >= 8)
 
 
 def options_of(choice: Choice) -> dict[str, Any]:
     """As fields of ``CreateOptions``."""
-    return {name: choice[name] for name in OPTIONS if choice[name] is not None}
+    options = {name: choice[name] for name in OPTIONS if choice[name] is not None}
+    if choice["data_file"]:
+        options |= {"data_file": "data", "data_file_raw": choice["data_file"] == "raw"}
+    return options
 
 
 def words_of(choice: Choice) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lamina.block.info import SnapshotInfo
 from lamina.block.limits import WriteFlags
 from lamina.block.node import Node, NodeOptions
 from lamina.engine.disk import Disk
@@ -413,3 +414,24 @@ def test_vm_state_lies_behind_the_disk_and_nowhere_else() -> None:
     assert disk.read(SIZE, 3 * SIZE) == bytes(3 * SIZE)
     disk.close()
     assert verify(bytes(file.content)) == ([], [])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["ours", "a snapshot's too"])
+def test_a_cluster_that_keeps_its_place_is_emptied_only_while_nobody_needs_it(shared):
+    file = MemoryFile(make(64 << 10, cluster_size=4096), WRITABLE)
+    disk = open_image(file, node_options=WRITABLE, discard_no_unref="on")
+    disk.write(0, b"a" * 12288)
+    if shared:
+        DRIVER.create_snapshot(disk, SnapshotInfo("", "s", 0, 1, 0, 0, 0))
+    disk.flush()
+    disk.discard(0, 12288)
+    # Written to before the discard is durable: the file must not forget what is new.
+    disk.write(4096, b"b" * 4096)
+    disk.flush()
+    assert disk.read(0, 12288) == bytes(4096) + b"b" * 4096 + bytes(4096)
+    disk.close()
+    reader = open_image(read_only(bytes(file.content)))
+    assert reader.read(0, 12288) == bytes(4096) + b"b" * 4096 + bytes(4096)
+    if shared:
+        DRIVER.load_snapshot(reader, "s")
+        assert reader.read(0, 12288) == b"a" * 12288

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
+from lamina.block.driver import Fix
 from lamina.block.info import SnapshotInfo
 from lamina.block.node import Node, NodeOptions
 from lamina.block.options import parse
@@ -43,16 +44,28 @@ BACKING_LENGTHS = (0.5, 1.0, 1.5)
 SAMPLE = 40
 """One image in so many is shown to QEMU."""
 WRITABLE = NodeOptions(read_only=False, unmap=True, filename="memory")
+BESIDE = NodeOptions(read_only=False, unmap=True, filename="data")
 CHOICES: dict[str, tuple[Any, ...]] = {
     **FEATURES,
     # Mistakes live at the edges of clusters and tables, of which small ones have more.
-    "cluster_size": (512, 1 * KIB, 4 * KIB, 64 * KIB),
+    "cluster_size": (512, 1 * KIB, 4 * KIB, 16 * KIB, 32 * KIB),
+    "preallocation": ("off", "off", "metadata"),
     "snapshots": (0,),
     # LUKS costs a tenth of a second per image, so most have none.
     "encrypt_format": (None, None, None, None, None, None, "aes", "aes", "luks"),
 }
-_new: dict[str, bytes] = {}
-"""Images that hold nothing yet, by what they are made of."""
+_new: dict[str, tuple[bytes, bytes]] = {}
+"""Images that hold nothing yet, and their data files, by what they are made of."""
+
+
+class Context(NodesContext):
+    """For creating an image as well; its data file is ``data``."""
+
+    data: MemoryFile
+
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Node:
+        self.data.truncate(size)
+        return self.data
 
 
 class Images(ImageMaker):
@@ -60,6 +73,8 @@ class Images(ImageMaker):
 
     def __init__(self) -> None:
         self.file = MemoryFile()
+        self.data = MemoryFile()
+        """The external data file, if there is one."""
         self.backing: bytes | None = None
         self.choice: Choice = {}
         self.secrets = Secrets()
@@ -73,18 +88,19 @@ class Images(ImageMaker):
             self.runtime["encrypt.key-secret"] = "key"
 
     def make(self, size: int, backing: bytes | None) -> Node:
-        options = options_of(self.choice)
+        options = options_of(self.choice) | {"preallocation": self.choice["preallocation"]}
         if self.choice["encrypt_format"]:
             options |= {"encrypt_key_secret": "key", "encrypt_iter_time": 0}
         if backing is not None:
             options |= {"backing_file": "below", "backing_fmt": "raw"}
         name = str((size, options))
         if name not in _new:
-            file = MemoryFile()
+            file, self.data = MemoryFile(), MemoryFile(options=BESIDE)
             context: Any = self._context(file)
             create(CreateOptions(size=size, **options), file, context)
-            _new[name] = bytes(file.content)
-        self.file = MemoryFile(_new[name])
+            _new[name] = bytes(file.content), bytes(self.data.content)
+        file, data = _new[name]
+        self.file, self.data = MemoryFile(file, WRITABLE), MemoryFile(data, BESIDE)
         self.backing = backing
         return self.open()
 
@@ -93,8 +109,9 @@ class Images(ImageMaker):
         if self.backing is not None:
             below = MemoryFile(self.backing, NodeOptions(read_only=True))
         node_options = file.options if read_only else WRITABLE
-        context = NodesContext(file, backing=below, node_options=node_options)
-        context.secrets = self.secrets
+        children = {"data_file": self.data} if self.choice["data_file"] else {}
+        context = Context(file, backing=below, node_options=node_options, **children)
+        context.secrets, context.data = self.secrets, self.data
         return context
 
     def open(self) -> Disk:
@@ -117,8 +134,30 @@ class Images(ImageMaker):
     def reopen(self, node: Node) -> Node:
         node.close()
         self.verify()
-        self.file = MemoryFile(self.file.content)
+        self.file = MemoryFile(self.file.content, WRITABLE)
+        self.data = MemoryFile(self.data.content, BESIDE)
         return self.open()
+
+    def check(self, node: Node, content: bytes) -> None:
+        """Our check has nothing to say, columns say what extents say, and a raw data file holds
+        the disk."""
+        lines: list[str] = []
+        found = DRIVER.check(node, Fix(), lines.append)
+        assert (found.corruptions, found.leaks) == (0, 0), lines
+        rows = [
+            (int(offset), int(length), int(kind), int(host))
+            for piece in node.columns(0, node.size)
+            for offset, length, kind, host in zip(
+                piece.guest_offset, piece.length, piece.kind, piece.host_offset, strict=True
+            )
+        ]
+        extents = [
+            (one.guest_offset, one.length, int(one.kind), one.host_offset)
+            for one in node.extents(0, node.size)
+        ]
+        assert rows == extents
+        if self.choice["data_file"] == "raw" and not self.choice["encrypt_format"]:
+            assert self.data.content[: node.size].ljust(node.size, b"\0") == content
 
     def verify(self) -> None:
         verdict = verify(bytes(self.file.content))
@@ -168,12 +207,23 @@ class Qcow2Model(DiskModel):
     @initialize(data=st.data())
     def make(self, data: Any) -> None:
         choice = {name: data.draw(st.sampled_from(values)) for name, values in CHOICES.items()}
-        if not accepted(choice):
-            # Of what excludes each other, the version gives way.
-            choice["compat"] = "1.1"
+        # Of what excludes each other, the rarer gives way.
+        for name in ("compat", "extended_l2", "data_file"):
+            if not accepted(choice):
+                choice[name] = CHOICES[name][0]
+        if choice["backing"] and not choice["extended_l2"]:
+            choice["preallocation"] = "off"
+        if choice["encrypt_format"]:
+            # What nobody has written reads as anything.
+            choice["preallocation"] = "off"
+            if choice["data_file"] == "raw":
+                choice["data_file"] = "data"
         runtime = {}
         if choice["compat"] == "1.1":
             runtime["discard-no-unref"] = data.draw(st.sampled_from(["off", "off", "on"]))
+            runtime["l2-cache-entry-size"] = data.draw(st.sampled_from(["512", "4096"]))
+            if int(runtime["l2-cache-entry-size"]) > choice["cluster_size"]:
+                del runtime["l2-cache-entry-size"]
         backing = None
         if choice["backing"]:
             size = min(CLUSTERS * choice["cluster_size"], 512 * KIB) + 1024
@@ -193,8 +243,10 @@ class Qcow2Model(DiskModel):
     # -- snapshots -------------------------------------------------------------------------------
 
     def _may_take_snapshot(self) -> bool:
-        """Counts are wide enough for one reference more, and for compressed clusters as well."""
-        return len(self.snapshots) < min((1 << self.header.refcount_bits) - 2, 3)
+        """Counts are wide enough: for the snapshot, the disk, and one of them being applied."""
+        if self.images.choice["data_file"]:
+            return False
+        return len(self.snapshots) < min((1 << self.header.refcount_bits) - 3, 3)
 
     @rule()
     def take_snapshot(self) -> None:
@@ -209,6 +261,10 @@ class Qcow2Model(DiskModel):
     @rule(data=st.data())
     def apply_snapshot(self, data: Any) -> None:
         name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        if self.disk.info().specific.get("bitmaps"):  # type: ignore[union-attr]
+            with pytest.raises(LaminaError, match="Device has active dirty bitmaps"):
+                DRIVER.apply_snapshot(self.disk, name)
+            return
         DRIVER.apply_snapshot(self.disk, name)
         self.content = bytearray(self.snapshots[name])
 
@@ -249,7 +305,7 @@ class Qcow2Model(DiskModel):
 
     @rule(data=st.data())
     def amend(self, data: Any) -> None:
-        """Anything; what is refused changes nothing."""
+        """Anything; what is refused may come after the newer version, which is the first step."""
         header = self.header
         options: dict[str, Any] = {}
         for name, values in (
@@ -263,7 +319,8 @@ class Qcow2Model(DiskModel):
         try:
             DRIVER.amend(self.disk, AmendOptions(**options), lambda part: None, force=False)
         except LaminaError:
-            assert header.version == before[0]
+            assert header.version >= before[0]
+            assert header.refcount_bits == before[1] or "refcount_bits" in options
             return
         assert header.version == {None: before[0], "0.10": 2, "1.1": 3}[options.get("compat")]
         assert header.refcount_bits == options.get("refcount_bits", before[1])
@@ -280,6 +337,17 @@ class Qcow2Model(DiskModel):
         size = len(self.content)
         DRIVER.make_empty(self.disk)
         self.content = bytearray(backing.ljust(size, b"\0")[:size])
+
+    @rule(add=st.booleans(), number=st.integers(0, 2))
+    def change_bitmaps(self, add: bool, number: int) -> None:
+        """They have clusters of their own, and follow the length of the disk."""
+        try:
+            if add:
+                DRIVER.add_bitmap(self.disk, f"b{number}", None)
+            else:
+                DRIVER.remove_bitmap(self.disk, f"b{number}")
+        except LaminaError as error:
+            assert str(error).startswith(("Bitmap already", "Dirty bitmap", "Cannot store", "Can't"))
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -299,6 +367,8 @@ def show_to_qemu(images: Images, content: bytes) -> None:
     with TemporaryDirectory() as folder:
         image = Path(folder, "image")
         image.write_bytes(images.file.content)
+        if images.choice["data_file"]:
+            Path(folder, "data").write_bytes(images.data.content)
         if images.backing is not None:
             Path(folder, "below").write_bytes(images.backing)
         words = ["driver=qcow2,file.filename=image"]

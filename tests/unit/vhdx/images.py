@@ -30,7 +30,7 @@ class CreateHere:
     def __init__(self, parent: Node | None) -> None:
         self.parent = parent
 
-    def backing_node(self) -> Node | None:
+    def backing_node(self, *, needed: bool = False) -> Node | None:
         return self.parent
 
 

@@ -7,16 +7,9 @@ import random
 import pytest
 
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
-from lamina.formats.vhdx import layout, locator
-from lamina.formats.vhdx.layout import (
-    BAT_REGION,
-    METADATA_REGION,
-    Header,
-    Item,
-    Parameters,
-    Region,
-    new_guid,
-)
+from lamina.formats.vhdx import layout, locator, metadata
+from lamina.formats.vhdx.layout import BAT_REGION, METADATA_REGION, Header, Region, new_guid
+from lamina.formats.vhdx.metadata import Item, Parameters
 from lamina.units import GIB, KIB, MIB, TIB
 
 REGIONS = [Region(BAT_REGION, 2 * MIB, MIB), Region(METADATA_REGION, 3 * MIB, MIB)]
@@ -144,39 +137,39 @@ def test_region_tables_with_a_wrong_checksum_or_too_many_entries():
 
 
 def items(*entries: Item) -> bytes:
-    return layout.pack_items(list(entries)).ljust(64 * KIB, b"\0")
+    return metadata.pack_items(list(entries)).ljust(64 * KIB, b"\0")
 
 
 def test_metadata_tables_round_trip():
-    one = Item(layout.FILE_PARAMETERS, 64 * KIB, 8, layout.IS_REQUIRED)
-    empty = Item(layout.VIRTUAL_DISK_ID, 0, 0, 0)
-    user = Item(layout.FILE_PARAMETERS, 70 * KIB, 900, layout.IS_USER)
-    assert layout.parse_items(items(one, empty, user), MIB) == {one.guid: one, empty.guid: empty}
+    one = Item(metadata.FILE_PARAMETERS, 64 * KIB, 8, metadata.IS_REQUIRED)
+    empty = Item(metadata.VIRTUAL_DISK_ID, 0, 0, 0)
+    user = Item(metadata.FILE_PARAMETERS, 70 * KIB, 900, metadata.IS_USER)
+    assert metadata.parse_items(items(one, empty, user), MIB) == {one.guid: one, empty.guid: empty}
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([Item(layout.FILE_PARAMETERS, 64 * KIB, 8, 0)] * 2, "there twice"),
-        ([Item(layout.FILE_PARAMETERS, 8, 8, 0)], "outside of its region"),
-        ([Item(layout.FILE_PARAMETERS, MIB - 4, 8, 0)], "outside of its region"),
-        ([Item(layout.FILE_PARAMETERS, 64 * KIB, 0xFFFFFFFF, 0)], "outside of its region"),
-        ([Item(bytes(16), 64 * KIB, 8, layout.IS_REQUIRED)], "not supported"),
-        ([Item(layout.FILE_PARAMETERS, 64 * KIB, 8, 5)], "not supported"),
+        ([Item(metadata.FILE_PARAMETERS, 64 * KIB, 8, 0)] * 2, "there twice"),
+        ([Item(metadata.FILE_PARAMETERS, 8, 8, 0)], "outside of its region"),
+        ([Item(metadata.FILE_PARAMETERS, MIB - 4, 8, 0)], "outside of its region"),
+        ([Item(metadata.FILE_PARAMETERS, 64 * KIB, 0xFFFFFFFF, 0)], "outside of its region"),
+        ([Item(bytes(16), 64 * KIB, 8, metadata.IS_REQUIRED)], "not supported"),
+        ([Item(metadata.FILE_PARAMETERS, 64 * KIB, 8, 5)], "not supported"),
     ],
 )
 def test_metadata_tables_that_are_refused(entries, message):
     with pytest.raises(LaminaError, match=message):
-        layout.parse_items(items(*entries), MIB)
+        metadata.parse_items(items(*entries), MIB)
 
 
 def test_metadata_tables_with_too_many_entries():
     table = bytearray(items())
     table[10:12] = (2048).to_bytes(2, "little")
     with pytest.raises(ImageCorrupt, match="2048 entries"):
-        layout.parse_items(bytes(table), MIB)
+        metadata.parse_items(bytes(table), MIB)
     with pytest.raises(ImageCorrupt, match="no signature"):
-        layout.parse_items(bytes(64 * KIB), MIB)
+        metadata.parse_items(bytes(64 * KIB), MIB)
 
 
 def test_parameters_round_trip():
@@ -186,12 +179,12 @@ def test_parameters_round_trip():
             rng.randrange(64 * TIB),
             1 << rng.randrange(20, 29),
             leave_allocated=rng.random() < 0.5,
-            logical_sector=rng.choice(layout.SECTORS),
-            physical_sector=rng.choice(layout.SECTORS),
+            logical_sector=rng.choice(metadata.SECTORS),
+            physical_sector=rng.choice(metadata.SECTORS),
             disk_id=new_guid(),
         )
         content = {name: data for name, _, data in one.pack()}
-        assert layout.parse_parameters(content) == one
+        assert metadata.parse_parameters(content) == one
 
 
 @pytest.mark.parametrize(
@@ -211,14 +204,14 @@ def test_parameters_that_are_refused(changes, message):
     fields = {"size": GIB, "block_size": MIB, **changes}
     content = {name: data for name, _, data in Parameters(**fields).pack()}
     with pytest.raises(LaminaError, match=message):
-        layout.parse_parameters(content)
+        metadata.parse_parameters(content)
 
 
 def test_missing_items():
     content = {name: data for name, _, data in Parameters(GIB, MIB).pack()}
     for name in content:
         with pytest.raises(ImageCorrupt, match="missing or too short"):
-            layout.parse_parameters({**content, name: content[name][:-1]})
+            metadata.parse_parameters({**content, name: content[name][:-1]})
 
 
 def test_numbers_of_entries():

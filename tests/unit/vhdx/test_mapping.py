@@ -211,7 +211,6 @@ def test_images_that_cannot_be_made():
     backed = {"backing_file": "below", "backing_fmt": "vhdx"}
     for options, below, message in (
         (backed, raw, "must be one as well"),
-        (backed, None, "must be there"),
         ({**backed, "backing_fmt": "raw"}, parent, "must be one as well"),
         ({**backed, "subformat": "fixed"}, parent, "fixed image has no backing file"),
         ({**backed, "logical_sector_size": 4096}, parent, "as large as those of its parent"),
@@ -267,6 +266,31 @@ def test_growing_above_a_parent_shows_nothing_of_it():
         disk.truncate(SIZE)
         expected = b"p" * MIB + b"x" + b"p" * (MIB + 1023)
         assert disk.read(0, SIZE) == expected.ljust(SIZE, b"\0")
+        whole(disk)
+
+
+def test_bitmaps_go_with_what_they_describe():
+    """A bitmap block describes 4 GiB: the second one is given back, and does not come back."""
+    size = 5 * GIB
+    parent = filled(make(size), b"p" * MIB)
+    file = MemoryFile(make(size, parent=parent))
+    with open_image(file, parent=parent) as disk:
+        disk.write(4 * GIB + 100, b"x")
+        disk.write(100, b"y")
+        places = [disk.mapping.bitmaps.host_offset(chunk) for chunk in range(2)]
+        assert all(places)
+        disk.truncate(2 * GIB)
+        disk.flush()
+        assert disk.mapping.bitmaps.host_offset(0) == places[0]
+        disk.write(MIB, b"z" * 4 * MIB)
+        disk.truncate(size)
+        assert disk.mapping.bitmaps.host_offset(1) == 0
+        disk.write(4 * GIB + MIB + 7, b"x")
+        assert disk.read(0, 200) == b"p" * 100 + b"y" + b"p" * 99
+        assert disk.read(4 * GIB, 2 * MIB) == bytes(MIB + 7) + b"x" + bytes(MIB - 8)
+        whole(disk)
+    with open_image(file, parent=parent) as disk:
+        assert disk.read(MIB, 4 * MIB) == b"z" * 4 * MIB
         whole(disk)
 
 

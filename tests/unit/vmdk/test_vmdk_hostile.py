@@ -260,3 +260,11 @@ def test_extents_without_an_end() -> None:
     disk.write(2999 * 512, b"y" * 512)
     assert len(data.content) == 3000 * 512
     assert sparse_extent(SIZE)[:4] == b"KDMV"
+
+
+def test_discards_reach_the_files_of_a_flat_disk() -> None:
+    lines = [ExtentLine("RW", 8192, "FLAT", name) for name in ("a", "b")]
+    files = [MemoryFile(letter * 8192, WRITABLE) for letter in (b"a", b"b")]
+    disk = open_image(MemoryFile(split("twoGbMaxExtentFlat", lines)), *files)
+    disk.discard(4096, 8192)
+    assert disk.read(0, 16384) == b"a" * 4096 + bytes(8192) + b"b" * 4096

@@ -13,7 +13,7 @@ import lamina
 from lamina.block.creation import create_image
 from lamina.block.driver import Fix
 from lamina.block.session import Session
-from lamina.errors import StorageError
+from lamina.errors import Refused, StorageError
 from lamina.formats.vmdk import DRIVER
 from lamina.formats.vmdk.create import stream_header
 from lamina.formats.vmdk.layout import (
@@ -116,6 +116,31 @@ def test_flushes_in_the_middle_leave_no_end_there() -> None:
     disk = open_image(MemoryFile(file.content))
     assert not DRIVER.check(disk, Fix(), print).corruptions
     assert disk.read(4 * GRAIN, 1) == b"\5"
+
+
+def test_what_lies_behind_the_directory_is_kept() -> None:
+    """Streams of others may end in other ways: nothing is overwritten then."""
+    file = MemoryFile(stream(SIZE))
+    disk = open_image(file)
+    disk.write(0, b"a" * GRAIN)
+    disk.close()
+    image = bytearray(file.content)
+    # A sector between the directory and the footer.
+    image[-3 * 512 : -3 * 512] = b"kept" * 128
+    file = MemoryFile(image)
+    disk = open_image(file)
+    disk.write(GRAIN, b"b" * GRAIN)
+    disk.close()
+    assert b"kept" * 128 in file.content
+    again = open_image(MemoryFile(file.content))
+    assert again.read(0, 2 * GRAIN) == b"a" * GRAIN + b"b" * GRAIN
+    # Two directories and a footer: only read.
+    image = bytearray(stream(SIZE))
+    for header in (0, len(image) - 1024):
+        image[header + 8] |= 2
+        image[header + 48] = 4
+    with pytest.raises(Refused, match="only read"):
+        open_image(MemoryFile(image))
 
 
 def test_convert_writes_one_pass(tmp_path) -> None:

@@ -244,22 +244,44 @@ def child(base: bytes | MemoryFile = b"b" * SIZE) -> tuple[MemoryFile, object]:
     return file, open_image(file, below)
 
 
-def test_sectors_are_copied_not_blocks() -> None:
-    file, disk = child()
-    disk.write(UNIT + 700, b"mine")
+def test_groups_of_sectors_are_copied_not_blocks() -> None:
+    unit = 4 * UNIT
+    file = MemoryFile(make(SIZE, unit=unit, parent=ID), WRITABLE)
+    disk = open_image(file, MemoryFile(b"b" * SIZE))
+    disk.write(unit + 4096 + 700, b"mine")
     disk.flush()
     assert [(one.guest_offset, one.length) for one in disk.extents(0, SIZE)] == [
-        (0, UNIT + 512),
-        (UNIT + 512, 512),
-        (UNIT + 1024, SIZE - UNIT - 1024),
+        (0, unit + 4096),
+        (unit + 4096, 4096),
+        (unit + 8192, SIZE - unit - 8192),
     ]
-    expected = (b"b" * 700 + b"mine").ljust(UNIT, b"b")
-    assert disk.read(UNIT, UNIT) == expected
-    disk.write(UNIT + 1000, b"across sectors" * 100)
-    assert disk.read(UNIT, 1010) == b"b" * 700 + b"mine" + b"b" * 296 + b"across sec"
-    assert disk.read(UNIT + 2400, 100) == b"b" * 100
+    expected = bytearray((b"b" * (4096 + 700) + b"mine").ljust(unit, b"b"))
+    assert disk.read(unit, unit) == expected
+    disk.write(unit + 8100, b"across groups" * 400)
+    expected[8100 : 8100 + 5200] = b"across groups" * 400
+    assert disk.read(unit, unit) == expected
     disk.close()
     sound(file)
+
+
+def test_sectors_that_others_wrote_one_by_one() -> None:
+    file, disk = child()
+    disk.write(0, b"x" * UNIT)
+    disk.close()
+    at = TABLE + 1024
+    assert file.content[at] == 0xFF
+    # Of the first block, only the third and the last sector are ours.
+    file.content[at] = 0b00100001
+    disk = open_image(file, MemoryFile(b"b" * SIZE))
+    expected = bytearray(b"b" * 1024 + b"x" * 512 + b"b" * 2048 + b"x" * 512)
+    assert disk.read(0, UNIT) == expected
+    disk.write(3000, b"y" * 10)
+    expected[3000:3010] = b"y" * 10
+    assert disk.read(0, UNIT) == expected
+    disk.write(100, b"y" * 1000)
+    expected[100:1100] = b"y" * 1000
+    assert disk.read(0, UNIT) == expected
+    disk.close()
 
 
 def test_zeroes_cover_the_parent() -> None:
@@ -296,10 +318,27 @@ def test_emptying() -> None:
     assert file.content == empty
 
 
-def test_names_of_parents() -> None:
-    _, disk = child()
-    about = disk.info()
-    assert (about.backing_filename, about.backing_format) == ("below.vhd", "vpc")
+@pytest.mark.parametrize(
+    ("code", "stored", "name"),
+    [
+        (b"W2ru", ".\\below.vhd", "below.vhd"),
+        (b"W2ru", "..\\up\\below.vhd", "../up/below.vhd"),
+        (b"W2ru", "json:{}", "./json:{}"),
+        (b"W2ru", "nbd:host:1", "./nbd:host:1"),
+        (b"W2ku", "D:\\disks\\below.vhd", "below.vhd"),
+        (b"W2ku", "/disks/below.vhd", "/disks/below.vhd"),
+        (b"MacX", "file:///disks/be%20low.vhd", "/disks/be low.vhd"),
+        (b"Wi2k", "what nobody knows", "p"),
+    ],
+)
+def test_names_of_parents(code: bytes, stored: str, name: str) -> None:
+    image = bytearray(make(SIZE, parent=ID))
+    data = stored.encode("utf-8" if code == b"MacX" else "utf-16-le")
+    image[512 + 576 : 512 + 580] = code
+    struct.pack_into(">I", image, 512 + 584, len(data))
+    image[TABLE : TABLE + 512] = data.ljust(512, b"\0")
+    about = open_image(MemoryFile(image), MemoryFile()).info()
+    assert (about.backing_filename, about.backing_format) == (name, "vpc")
 
 
 # -- damage ----------------------------------------------------------------------------------------

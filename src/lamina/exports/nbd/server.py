@@ -143,8 +143,10 @@ class Server:
         self._on_end(connection.export is not None)
 
     def _wake(self) -> None:
-        with suppress(OSError):  # full: the acceptor will wake up anyway; closed: nobody waits
-            os.write(self._wake_write, b"x")
+        with self._guard:
+            if self._wake_write >= 0:
+                with suppress(BlockingIOError):  # full: the acceptor wakes up anyway
+                    os.write(self._wake_write, b"x")
 
     def _has_room(self) -> bool:
         most = self._limits.connections
@@ -203,8 +205,11 @@ class Server:
         for one in self._listening:
             one.close()
         _end(connections, seconds)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        with self._guard:
+            # A connection that is stuck may end later: it must not write to another's descriptor.
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._wake_read = self._wake_write = -1
         for export in self._exports:
             if not export.read_only:
                 export.backend.flush()

@@ -110,6 +110,9 @@ class _Check:
             f"{'Repairing' if repairing else 'ERROR'} space leaked at the end of the image {leaked}"
         )
         if repairing:
+            if mapping.header.extension_sector * SECTOR >= end:
+                # It is out of date, and goes with the space that it is in.
+                mapping.write_state(replace(mapping.header, extension_sector=0))
             file.truncate(end, exact=False)
             mapping.growth.length = file.size
             self.result.leaks_fixed += count

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lamina.formats.qcow2.allocation import Cause, Freed
-from lamina.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO_FLAG
+from lamina.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from lamina.formats.qcow2.subclusters import ALL_ZERO, SUBCLUSTER_BITS, SUBCLUSTERS, bits_of
 
 if TYPE_CHECKING:
@@ -61,14 +61,15 @@ def _zero_entry(mapping: Qcow2Mapping) -> Become:
 
 
 def _keeping(mapping: Qcow2Mapping, kept: list[int] | None = None) -> Become:
-    """The same for clusters that keep their places, which are added to ``kept``."""
+    """The same for clusters that keep their places; those that are ours alone are added to
+    ``kept``."""
     flag = 0 if mapping.header.extended_l2 else ZERO_FLAG
     place = mapping.space.place
 
     def become(entry: int) -> int:
         if entry & COMPRESSED or place(entry) < 0:
             return flag
-        if kept is not None:
+        if kept is not None and entry & COPIED:
             kept.append(place(entry))
         return entry | flag
 
@@ -110,20 +111,7 @@ def discard(
         even_unallocated=has_backing, leave_unallocated=not has_backing,
     )
     if kept and cause in mapping.allocator.pass_discard:
-        mapping.metadata.when_durable(lambda: _punch(mapping, kept))
-
-
-def _punch(mapping: Qcow2Mapping, host_offsets: list[int]) -> None:
-    """The content of clusters that keep their place is not needed."""
-    unit = mapping.cluster_size
-    start = end = -1
-    for offset in sorted(host_offsets):
-        if offset != end:
-            if end > start:
-                mapping.space.discard(start, end - start)
-            start = offset
-        end = offset + unit
-    mapping.space.discard(start, end - start)
+        mapping.space.empty_later(kept)
 
 
 def _change(

@@ -263,6 +263,7 @@ def _fill(mapping: Qcow2Mapping, cluster: int, host_offset: int, count: int) -> 
     """Have host clusters hold what reads as zeroes at these guest clusters."""
     file, encryption, length = mapping.file, mapping.encryption, count * mapping.cluster_size
     mapping.overlap.check(host_offset, length)
+    mapping.space.needed(host_offset, count)
     if encryption is None:
         file.write_zeroes(host_offset, length)
     else:

@@ -60,7 +60,7 @@ def _grow(mapping: Qcow2Mapping, size: int, preallocation: Preallocation) -> Non
     unit = mapping.cluster_size
     if end > first and not zero(mapping, first * unit, (end - first) * unit, may_unmap=False):
         for cluster in range(first, end):
-            _write(mapping, cluster * unit, bytes(unit))
+            _write(mapping, cluster * unit, bytearray(unit))
             mapping.metadata.relieve()
     if mapping.space.external:
         _grow_data_file(mapping, old_size, size, preallocation)
@@ -105,8 +105,11 @@ def _zero_tail(mapping: Qcow2Mapping, old_size: int, size: int, *, shines_throug
         _write(mapping, start, content)
 
 
-def _write(mapping: Qcow2Mapping, start: int, content: bytes | bytearray) -> None:
-    """Write whole clusters from the guest offset ``start`` on, while nobody else writes."""
+def _write(mapping: Qcow2Mapping, start: int, content: bytearray) -> None:
+    """Write whole clusters from the guest offset ``start`` on, while nobody else writes.
+
+    ``content`` may be encrypted on the way.
+    """
     reservation = mapping.reserve([(start, len(content))])
     try:
         for piece in reservation.pieces:

@@ -28,6 +28,35 @@ class Space(ABC):
     node: Node
     external: bool
 
+    def __init__(self, mapping: Qcow2Mapping, node: Node) -> None:
+        self._mapping = mapping
+        self.node = node
+        self._unneeded = ClusterSet()
+        """Places whose content is to be discarded once it is durable that nothing needs it. A write
+        there takes them out again."""
+
+    def empty_later(self, host_offsets: Sequence[int]) -> None:
+        """Clusters that keep their places, for zeroes, need not keep what is there."""
+        bits = self._mapping.cluster_bits
+        clusters = ClusterSet()
+        for offset in host_offsets:
+            clusters.add(offset >> bits, (offset >> bits) + 1)
+        runs = clusters.runs()
+        for first, end in runs:
+            self._unneeded.add(first, end)
+        self._mapping.metadata.when_durable(lambda: self._empty(runs))
+
+    def _empty(self, runs: Sequence[tuple[int, int]]) -> None:
+        bits = self._mapping.cluster_bits
+        for run in runs:
+            for first, end in self._unneeded.remove(*run):
+                self.discard(first << bits, (end - first) << bits)
+
+    def needed(self, host_offset: int, count: int) -> None:
+        """Data is about to be written to clusters that were kept for zeroes."""
+        first = host_offset >> self._mapping.cluster_bits
+        self._unneeded.remove(first, first + count)
+
     @abstractmethod
     def place(self, entry: int) -> int:
         """Host offset that an L2 entry, not of a compressed cluster, names; -1: none."""
@@ -74,8 +103,7 @@ class ImageSpace(Space):
     external = False
 
     def __init__(self, mapping: Qcow2Mapping) -> None:
-        self._mapping = mapping
-        self.node = mapping.file
+        super().__init__(mapping, mapping.file)
 
     def place(self, entry: int) -> int:
         return entry & OFFSET_MASK or -1
@@ -105,12 +133,6 @@ class ImageSpace(Space):
 class DataFileSpace(Space):
     external = True
 
-    def __init__(self, mapping: Qcow2Mapping, node: Node) -> None:
-        self._mapping = mapping
-        self.node = node
-        self._unneeded = ClusterSet()
-        """What is to be discarded once it is durable that nothing names it."""
-
     def place(self, entry: int) -> int:
         # A cluster at offset 0 is told from none by COPIED alone.
         return entry & OFFSET_MASK if entry & (COPIED | OFFSET_MASK) else -1
@@ -127,15 +149,10 @@ class DataFileSpace(Space):
         mapping = self._mapping
         passed = [run for run in freed if run.cause in mapping.allocator.pass_discard]
         if passed:
-            for first, clusters, _ in passed:
-                self._unneeded.add(first, first + clusters)
-            mapping.metadata.when_durable(lambda: self._discard(passed))
-
-    def _discard(self, freed: Sequence[Freed]) -> None:
-        bits = self._mapping.cluster_bits
-        for run in freed:
-            for first, end in self._unneeded.remove(run.first, run.first + run.clusters):
-                self.discard(first << bits, (end - first) << bits)
+            runs = [(first, first + clusters) for first, clusters, _ in passed]
+            for first, end in runs:
+                self._unneeded.add(first, end)
+            mapping.metadata.when_durable(lambda: self._empty(runs))
 
     def check(self, host_offset: int, count: int) -> None:
         pass
@@ -165,6 +182,10 @@ class ClusterSet:
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, end) of all."""
+        return list(zip(self._starts, self._ends, strict=True))
 
     def add(self, first: int, end: int) -> None:
         low = bisect_left(self._ends, first)

@@ -128,6 +128,7 @@ class Write(Reservation):
         runs.append(run)
         if not run.is_new:
             self.mapping.space.check(run.host_offset, run.clusters)
+            self.mapping.space.needed(run.host_offset, run.clusters)
         if len(runs) > 1:
             last = runs[-2]
             if (

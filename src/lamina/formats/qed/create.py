@@ -19,7 +19,7 @@ def create(options: QedCreateOptions, file: Node) -> None:
     header, name = new_header(options)
     end = header.l1_table_offset + header.table_bytes
     # The table first: a file without a header is no image yet.
-    file.truncate(0)
+    file.truncate(0, exact=False)
     file.truncate(end, exact=False)
     file.write_zeroes(0, end)
     file.flush()

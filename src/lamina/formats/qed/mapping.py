@@ -97,12 +97,14 @@ class QedMapping(Mapping):
 
         unit, end = self.unit, offset + length
         first = offset // unit
+        done = offset  # all before it has been yielded, and from there on nothing is there
         for index, count, stored in self.tables.runs(first, -(-end // unit) - first):
-            start, stop = max(offset, index * unit), min((index + count) * unit, end)
             if stored is None:
-                extent = Extent(start, stop - start, Kind.BELOW)
-                yield Columns.from_extents([extent])
                 continue
+            start, stop = max(offset, index * unit), min((index + count) * unit, end)
+            if done < start:
+                yield Columns.from_extents([Extent(done, start - done, Kind.BELOW)])
+            done = stop
             entries = np.array(stored, dtype=np.uint64)
             data = entries > ZERO_CLUSTER
             places = entries[data]
@@ -116,6 +118,8 @@ class QedMapping(Mapping):
             yield columns_of_units(
                 start, stop, index * unit, unit, kind.astype(np.uint8), host, self.file
             )
+        if done < end:
+            yield Columns.from_extents([Extent(done, end - done, Kind.BELOW)])
 
     def locate(self, requests: Sequence[tuple[int, memoryview]]) -> list[int] | None:
         return [self._spot(offset, len(buffer)) for offset, buffer in requests]

@@ -21,7 +21,7 @@ def create(options: VdiCreateOptions, file: Node) -> None:
     """Raises StorageError for a size that the format cannot have."""
     header = new_header(options)
     blocks = header.blocks_in_image
-    file.truncate(0)
+    file.truncate(0, exact=False)
     # The map first: a file without a header is no image yet.
     for first in range(0, blocks, _ENTRIES_AT_ONCE):
         count = min(_ENTRIES_AT_ONCE, blocks - first)

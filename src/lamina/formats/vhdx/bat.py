@@ -17,7 +17,8 @@ from lamina.units import KIB, MIB
 
 if TYPE_CHECKING:
     from lamina.engine.metadata import Metadata
-    from lamina.formats.vhdx.layout import Parameters, Region
+    from lamina.formats.vhdx.layout import Region
+    from lamina.formats.vhdx.metadata import Parameters
 
 _ENTRY = struct.Struct("<Q")
 TABLE_BYTES = 64 * KIB
@@ -45,6 +46,7 @@ class Bat:
         self.blocks = parameters.blocks
         self.ratio = parameters.chunk_ratio
         self.ratio_bits = self.ratio.bit_length() - 1
+        self.chunks = -(-self.blocks // self.ratio)
         self.count = parameters.bat_entries
 
     def place(self, index: int) -> tuple[int, int]:

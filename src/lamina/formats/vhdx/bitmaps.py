@@ -6,18 +6,19 @@ block count only while its entry says "partially present"; they may be stale bef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.engine.tables import TableCache
-from lamina.formats.vhdx.layout import BITMAP_BYTES, BITMAP_PRESENT, OFFSET, STATE
+from lamina.formats.vhdx.layout import BITMAP_PRESENT, OFFSET, STATE
+from lamina.formats.vhdx.metadata import BITMAP_BYTES
 from lamina.units import KIB, MIB
 
 if TYPE_CHECKING:
     from lamina.engine.metadata import Metadata
     from lamina.formats.vhdx.bat import Bat
-    from lamina.formats.vhdx.layout import Parameters
+    from lamina.formats.vhdx.metadata import Parameters
 
 TABLE_BYTES = 64 * KIB
 CACHE_BYTES = 8 * MIB
@@ -64,6 +65,18 @@ class Bitmaps:
             new = old | mask if present else old & ~mask
             table[head:tail] = new.to_bytes(tail - head, "little")
             self.tables.dirty(offset, head, tail - head)
+
+    def drop(self, chunks: Iterable[int]) -> list[tuple[int, int]]:
+        """No block of these chunks needs its bitmap any more. (host offset, length) of those that
+        were there."""
+        dropped = []
+        for chunk in chunks:
+            place = self.host_offset(chunk)
+            if place:
+                self._bat.set_bitmap(chunk, 0)
+                self.forget(place)
+                dropped.append((place, BITMAP_BYTES))
+        return dropped
 
     def forget(self, host: int) -> None:
         """There is another bitmap block at ``host``, or none."""

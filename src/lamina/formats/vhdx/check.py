@@ -15,7 +15,6 @@ from lamina.formats.vhdx.layout import (
     BITMAP_PRESENT,
     FULLY_PRESENT,
     HEADER_SECTION,
-    MAX_SIZE,
     OFFSET,
     PARTIALLY_PRESENT,
     REGION_TABLE_OFFSETS,
@@ -24,6 +23,7 @@ from lamina.formats.vhdx.layout import (
     ZERO,
     pack_regions,
 )
+from lamina.formats.vhdx.metadata import MAX_SIZE
 from lamina.formats.vhdx.parent import check_linkage
 from lamina.units import MIB, round_up
 

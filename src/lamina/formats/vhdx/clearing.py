@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lamina.formats.vhdx.layout import (
-    FULLY_PRESENT,
-    NOT_PRESENT,
-    PARTIALLY_PRESENT,
-    STATE,
-    ZERO,
-)
+from lamina.formats.vhdx.layout import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATE, ZERO
 
 if TYPE_CHECKING:
     from lamina.formats.vhdx.mapping import VhdxMapping

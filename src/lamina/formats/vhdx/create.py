@@ -16,26 +16,28 @@ from lamina.formats.vhdx.layout import (
     FULLY_PRESENT,
     HEADER_OFFSETS,
     HEADER_SECTION,
+    METADATA_REGION,
+    NO_GUID,
+    NOT_PRESENT,
+    REGION_TABLE_OFFSETS,
+    ZERO,
+    Header,
+    Region,
+    file_identifier,
+    new_guid,
+    pack_regions,
+)
+from lamina.formats.vhdx.metadata import (
     IS_REQUIRED,
     MAX_BLOCK,
     MAX_SIZE,
     METADATA_BYTES,
-    METADATA_REGION,
     METADATA_TABLE_BYTES,
-    NO_GUID,
-    NOT_PRESENT,
     PARENT_LOCATOR,
-    REGION_TABLE_OFFSETS,
     SECTORS,
-    ZERO,
-    Header,
     Item,
     Parameters,
-    Region,
-    file_identifier,
-    new_guid,
     pack_items,
-    pack_regions,
 )
 from lamina.records import dataclass
 from lamina.units import GIB, MIB, TIB, round_up
@@ -141,25 +143,20 @@ def create(options: VhdxCreateOptions, file: Node, context: CreateContext) -> No
 
 
 def _below(options: VhdxCreateOptions, context: CreateContext) -> tuple[Plan, dict[str, str]]:
-    """A plan, and the parent locator, for an image above another one."""
+    """A plan, and the parent locator, for an image above another one.
+
+    The parent is known by what it holds, so it must be there, whoever said that it need not.
+    """
     from lamina.formats.vhdx.mapping import VhdxMapping
-    from lamina.formats.vhdx.parent import data_write_guid
 
     assert options.backing_file is not None
-    node = context.backing_node()
-    if options.backing_fmt not in (None, "vhdx"):
-        raise UsageError("The backing file of a vhdx image must be one as well")
-    if node is None:
+    node = context.backing_node(needed=True)
+    mapping = getattr(node.unfiltered, "mapping", None) if node is not None else None
+    if options.backing_fmt not in (None, "vhdx") or not isinstance(mapping, VhdxMapping):
         raise UsageError(
-            "The backing file of a vhdx image must be there when it is created: it is known by "
-            "what it holds",
-            field="backing_file",
+            "The backing file of a vhdx image must be one as well", field="backing_file"
         )
-    guid = data_write_guid(node)
-    if guid is None:
-        raise UsageError("The backing file of a vhdx image must be one as well")
-    mapping = node.unfiltered.mapping  # type: ignore[attr-defined]
-    assert isinstance(mapping, VhdxMapping)
+    guid = mapping.headers.current.data_write_guid
     below = mapping.parameters
     layout = plan(options, logical_sector=below.logical_sector, disk_id=below.disk_id)
     if layout.parameters.logical_sector != below.logical_sector:

@@ -1,7 +1,8 @@
-"""Headers, region tables, metadata and BAT entries of VHDX: bytes and dataclasses. Little-endian.
+"""Headers, region tables and BAT entries of VHDX: bytes and dataclasses. Little-endian.
 
 The numbers in brackets are sections of [MS-VHDX]. All functions are pure; errors name the structure
-and the field. The log is in ``log``, the parent locator in ``locator``.
+and the field. Metadata items are in ``metadata``, the log in ``log``, the parent locator in
+``locator``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import pairwise
 from lamina.codecs.crc32c import crc32c
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.records import dataclass
-from lamina.units import KIB, MIB, TIB
+from lamina.units import KIB, MIB
 
 # -- the header section [2.2] ----------------------------------------------------------------------
 
@@ -32,21 +33,6 @@ NO_GUID = bytes(16)
 _HEADER = struct.Struct("<4sIQ16s16s16sHHIQ")
 _REGIONS = struct.Struct("<4sIII")
 _REGION = struct.Struct("<16sQII")
-
-# -- metadata [2.6] --------------------------------------------------------------------------------
-
-METADATA_BYTES = MIB
-METADATA_TABLE_BYTES = 64 * KIB
-MAX_ITEM_BYTES = MIB
-_METADATA = struct.Struct("<8sHH20x")
-_ITEM = struct.Struct("<16sIII4x")
-IS_USER, IS_VIRTUAL_DISK, IS_REQUIRED = 1, 2, 4
-
-MIN_BLOCK, MAX_BLOCK = MIB, 256 * MIB
-MAX_SIZE = 64 * TIB
-SECTORS = (512, 4096)
-BITMAP_BYTES = MIB
-"""A sector bitmap block: a bit for each of 2^23 logical sectors [2.5]."""
 
 # -- BAT entries [2.5.1] ---------------------------------------------------------------------------
 
@@ -86,21 +72,6 @@ def new_guid() -> bytes:
 
 BAT_REGION = guid("2dc27766-f623-4200-9d64-115e9bfd4a08")
 METADATA_REGION = guid("8b7ca206-4790-4b9a-b8fe-575f050f886e")
-
-FILE_PARAMETERS = guid("caa16737-fa36-4d43-b3b6-33f0aa44e76b")
-VIRTUAL_DISK_SIZE = guid("2fa54224-cd1b-4876-b211-5dbed83bf4b8")
-VIRTUAL_DISK_ID = guid("beca12ab-b2e6-4523-93ef-c309e000c746")
-LOGICAL_SECTOR_SIZE = guid("8141bf1d-a96f-4709-ba47-f233a8faab5f")
-PHYSICAL_SECTOR_SIZE = guid("cda348c7-445d-4471-9cc9-e9885251c556")
-PARENT_LOCATOR = guid("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
-_KNOWN_ITEMS = (
-    FILE_PARAMETERS,
-    VIRTUAL_DISK_SIZE,
-    VIRTUAL_DISK_ID,
-    LOGICAL_SECTOR_SIZE,
-    PHYSICAL_SECTOR_SIZE,
-    PARENT_LOCATOR,
-)
 
 
 def file_identifier() -> bytes:
@@ -153,11 +124,11 @@ def current_header(headers: tuple[Header | None, Header | None]) -> int:
     """Which of the two is in force. Raises ImageCorrupt."""
     first, second = headers
     if first is None and second is None:
-        raise _corrupt("No valid VHDX header found", "header", "Checksum", HEADER_OFFSETS[0])
+        raise corrupt("No valid VHDX header found", "header", "Checksum", HEADER_OFFSETS[0])
     if first is None or second is None:
         return 0 if second is None else 1
     if first.sequence == second.sequence and first != second:
-        raise _corrupt(
+        raise corrupt(
             "Both VHDX headers have the same sequence number but differ",
             "header",
             "SequenceNumber",
@@ -182,14 +153,14 @@ def check_log(header: Header, file_size: int, *, used: bool) -> None:
         return
     offset, length = header.log_offset, header.log_length
     if offset % MIB or length % MIB or not length or offset < HEADER_SECTION:
-        raise _corrupt(
+        raise corrupt(
             f"The VHDX log at {offset}, {length} bytes long, is not aligned to 1 MiB or lies "
             "within the headers",
             "header",
             "LogOffset",
         )
     if offset + length > file_size:
-        raise _corrupt(
+        raise corrupt(
             f"The VHDX log at {offset}, {length} bytes long, points after end of file "
             f"({file_size})",
             "header",
@@ -218,12 +189,12 @@ def pack_regions(regions: list[Region]) -> bytes:
 def parse_regions(data: bytes) -> list[Region]:
     """Raises ImageCorrupt, ImageUnsupported."""
     if len(data) < REGION_TABLE_BYTES or data[:4] != b"regi":
-        raise _corrupt("The VHDX region table has no signature", "region table", "Signature")
+        raise corrupt("The VHDX region table has no signature", "region table", "Signature")
     if not checksum_fits(data):
-        raise _corrupt("The checksum of the VHDX region table is wrong", "region table", "Checksum")
+        raise corrupt("The checksum of the VHDX region table is wrong", "region table", "Checksum")
     count = _REGIONS.unpack_from(data)[2]
     if count > MAX_ENTRIES:
-        raise _corrupt(
+        raise corrupt(
             f"The VHDX region table has {count} entries, more than {MAX_ENTRIES}",
             "region table",
             "EntryCount",
@@ -232,7 +203,7 @@ def parse_regions(data: bytes) -> list[Region]:
     for number in range(count):
         name, offset, length, flags = _REGION.unpack_from(data, _REGIONS.size + 32 * number)
         if offset % MIB or length % MIB or not length or offset < HEADER_SECTION:
-            raise _corrupt(
+            raise corrupt(
                 f"VHDX region {offset}-{offset + length} is not aligned to 1 MiB or lies within "
                 "the headers",
                 "region table",
@@ -255,7 +226,7 @@ def check_regions(regions: list[Region]) -> None:
     for name, what in ((BAT_REGION, "BAT"), (METADATA_REGION, "metadata")):
         count = sum(region.guid == name for region in regions)
         if count != 1:
-            raise _corrupt(
+            raise corrupt(
                 f"The VHDX region table names {count} {what} regions", "region table", "Guid"
             )
     check_apart([(region.offset, region.offset + region.length) for region in regions])
@@ -266,169 +237,12 @@ def check_apart(spans: list[tuple[int, int]]) -> None:
     ordered = sorted(spans)
     for before, behind in pairwise(ordered):
         if behind[0] < before[1]:
-            raise _corrupt(
+            raise corrupt(
                 f"VHDX region {behind[0]}-{behind[1]} overlaps with region "
                 f"{before[0]}-{before[1]}.",
                 "region table",
                 "FileOffset",
             )
-
-
-# -- metadata items [2.6] --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    """An entry of the metadata table; ``offset`` counts from the start of the region."""
-
-    guid: bytes
-    offset: int
-    length: int
-    flags: int
-
-
-def pack_items(items: list[Item]) -> bytes:
-    packed = _METADATA.pack(b"metadata", 0, len(items))
-    for item in items:
-        packed += _ITEM.pack(item.guid, item.offset, item.length, item.flags)
-    return packed
-
-
-def parse_items(table: bytes, region_length: int) -> dict[bytes, Item]:
-    """The system items by GUID; ``table``: the first 64 KiB of the region.
-
-    Raises ImageCorrupt, and ImageUnsupported for what is required and not known.
-    """
-    if len(table) < METADATA_TABLE_BYTES or table[:8] != b"metadata":
-        raise _corrupt("The VHDX metadata table has no signature", "metadata table", "Signature")
-    _, _, count = _METADATA.unpack_from(table)
-    if count > MAX_ENTRIES:
-        raise _corrupt(
-            f"The VHDX metadata table has {count} entries, more than {MAX_ENTRIES}",
-            "metadata table",
-            "EntryCount",
-        )
-    items: dict[bytes, Item] = {}
-    seen: set[tuple[bytes, int]] = set()
-    for number in range(count):
-        name, offset, length, flags = _ITEM.unpack_from(table, 32 + 32 * number)
-        item = Item(name, offset, length, flags)
-        where = f"entry {number}"
-        # A user item may have the GUID of a system item.
-        if (name, flags & IS_USER) in seen:
-            raise _corrupt(
-                f"VHDX metadata item {guid_text(name)} is there twice", "metadata table", where
-            )
-        seen.add((name, flags & IS_USER))
-        if (offset or length) and (
-            offset < METADATA_TABLE_BYTES
-            or length > MAX_ITEM_BYTES
-            or offset + length > region_length
-        ):
-            raise _corrupt(
-                f"VHDX metadata item {guid_text(name)} lies outside of its region",
-                "metadata table",
-                where,
-            )
-        if flags & IS_USER or name not in _KNOWN_ITEMS:
-            if flags & IS_REQUIRED:
-                raise ImageUnsupported(
-                    f"VHDX metadata item {guid_text(name)} is not supported",
-                    format="vhdx",
-                    structure="metadata table",
-                    field=where,
-                )
-            continue
-        items[name] = item
-    return items
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What the metadata items say about the disk. Bytes."""
-
-    size: int
-    block_size: int
-    leave_allocated: bool = False
-    """A fixed image: blocks stay allocated."""
-    has_parent: bool = False
-    logical_sector: int = 512
-    physical_sector: int = 512
-    disk_id: bytes = NO_GUID
-
-    @property
-    def chunk_ratio(self) -> int:
-        """Payload blocks whose sectors one bitmap block describes [2.5]."""
-        return (8 * BITMAP_BYTES) * self.logical_sector // self.block_size
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.size // self.block_size)
-
-    @property
-    def bat_entries(self) -> int:
-        """A differencing image has a bitmap entry for its last chunk too [2.5]."""
-        ratio, blocks = self.chunk_ratio, self.blocks
-        if self.has_parent:
-            return -(-blocks // ratio) * (ratio + 1)
-        return blocks + max(blocks - 1, 0) // ratio
-
-    def pack(self) -> list[tuple[bytes, int, bytes]]:
-        """(GUID, flags, content) of the items."""
-        flags = self.leave_allocated | self.has_parent << 1
-        disk = IS_VIRTUAL_DISK | IS_REQUIRED
-        return [
-            (FILE_PARAMETERS, IS_REQUIRED, struct.pack("<II", self.block_size, flags)),
-            (VIRTUAL_DISK_SIZE, disk, struct.pack("<Q", self.size)),
-            (VIRTUAL_DISK_ID, disk, self.disk_id),
-            (LOGICAL_SECTOR_SIZE, disk, struct.pack("<I", self.logical_sector)),
-            (PHYSICAL_SECTOR_SIZE, disk, struct.pack("<I", self.physical_sector)),
-        ]
-
-
-ITEM_LENGTHS = {
-    FILE_PARAMETERS: 8,
-    VIRTUAL_DISK_SIZE: 8,
-    VIRTUAL_DISK_ID: 16,
-    LOGICAL_SECTOR_SIZE: 4,
-    PHYSICAL_SECTOR_SIZE: 4,
-}
-
-
-def parse_parameters(content: dict[bytes, bytes]) -> Parameters:
-    """From the content of the items. Raises ImageCorrupt, ImageUnsupported."""
-    for name, length in ITEM_LENGTHS.items():
-        if len(content.get(name, b"")) < length:
-            raise _corrupt(
-                f"VHDX metadata item {guid_text(name)} is missing or too short",
-                "metadata",
-                guid_text(name),
-            )
-    block_size, flags = struct.unpack_from("<II", content[FILE_PARAMETERS])
-    (size,) = struct.unpack_from("<Q", content[VIRTUAL_DISK_SIZE])
-    (logical,) = struct.unpack_from("<I", content[LOGICAL_SECTOR_SIZE])
-    (physical,) = struct.unpack_from("<I", content[PHYSICAL_SECTOR_SIZE])
-    if not MIN_BLOCK <= block_size <= MAX_BLOCK or block_size & (block_size - 1):
-        raise _corrupt(f"VHDX block size {block_size} is not valid", "metadata", "BlockSize")
-    if logical not in SECTORS:
-        raise ImageUnsupported(
-            f"VHDX logical sector size {logical} is not supported",
-            format="vhdx",
-            structure="metadata",
-            field="LogicalSectorSize",
-        )
-    if size > MAX_SIZE:
-        raise _corrupt(
-            f"VHDX disk size {size} is larger than 64 TiB", "metadata", "VirtualDiskSize"
-        )
-    if flags & 2 and not content.get(PARENT_LOCATOR):
-        raise _corrupt(
-            "The VHDX image has a parent but no parent locator", "metadata", "Parent Locator"
-        )
-    disk_id = content[VIRTUAL_DISK_ID][:16]
-    return Parameters(
-        size, block_size, bool(flags & 1), bool(flags & 2), logical, physical, disk_id
-    )
 
 
 # -- checksums -------------------------------------------------------------------------------------
@@ -444,7 +258,7 @@ def checksum_fits(data: bytes) -> bool:
     return with_checksum(data)[4:8] == data[4:8]
 
 
-def _corrupt(
+def corrupt(
     message: str, structure: str, field: str, offset: int | None = None
 ) -> ImageCorrupt:
     return ImageCorrupt(message, format="vhdx", structure=structure, field=field, offset=offset)

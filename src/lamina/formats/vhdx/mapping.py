@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Preallocation
+from lamina.engine.coalescing import extents_of_units
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
@@ -100,39 +101,30 @@ class VhdxMapping(Mapping):
 
     def resolve(self, offset: int, length: int) -> list[Extent]:
         end = offset + length
+        return extents_of_units(offset, end, self._units(offset, end), self.file)
+
+    def _units(self, offset: int, end: int) -> Iterator[tuple[int, Kind, int]]:
+        """(guest offset, kind, host offset) of blocks, and of the parts of partial ones."""
         unit = self.unit
         first = offset // unit
-        extents: list[Extent] = []
         for block, entries in self.bat.entries(first, -(-end // unit) - first):
-            start = block * unit
-            for entry in entries:
-                begin = start if start > offset else offset
-                stop = start + unit if start + unit < end else end
-                for extent in self._extents(start // unit, entry, begin, stop):
-                    if extents and (joined := _joined(extents[-1], extent)) is not None:
-                        extents[-1] = joined
-                    else:
-                        extents.append(extent)
-                start += unit
-        return extents
-
-    def _extents(self, block: int, entry: int, start: int, end: int) -> Iterator[Extent]:
-        """Of the part of a block from guest offset ``start`` to ``end``."""
-        state = entry & STATE
-        if state == FULLY_PRESENT:
-            host = self.host_offset(block, entry) + start - block * self.unit
-            yield Extent(start, end - start, Kind.DATA, self.file, host)
-        elif state == NOT_PRESENT:
-            yield Extent(start, end - start, Kind.BELOW)
-        elif state in READ_ZERO:
-            yield Extent(start, end - start, Kind.ZERO)
-        else:
-            host = self.host_offset(block, entry) - block * self.unit
-            for begin, stop, present in self.sectors(block, start, end):
-                if present:
-                    yield Extent(begin, stop - begin, Kind.DATA, self.file, host + begin)
+            for number, entry in enumerate(entries, block):
+                start = number * unit
+                state = entry & STATE
+                if state == FULLY_PRESENT:
+                    yield start, Kind.DATA, self.host_offset(number, entry)
+                elif state == NOT_PRESENT:
+                    yield start, Kind.BELOW, -1
+                elif state in READ_ZERO:
+                    yield start, Kind.ZERO, -1
                 else:
-                    yield Extent(begin, stop - begin, Kind.BELOW)
+                    host = self.host_offset(number, entry) - start
+                    inside = max(start, offset), min(start + unit, end)
+                    for begin, _, present in self.sectors(number, *inside):
+                        if present:
+                            yield begin, Kind.DATA, host + begin
+                        else:
+                            yield begin, Kind.BELOW, -1
 
     def sectors(self, block: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """(start, end, whether here) of the runs of a partially present block. Guest offsets."""
@@ -319,12 +311,3 @@ class VhdxMapping(Mapping):
             cache.node = self.file
             cache.drop_clean()
         self.grown()
-
-
-def _joined(left: Extent, right: Extent) -> Extent | None:
-    """Two neighbours as one, if they are of one kind and adjoin in the file too."""
-    if left.kind is not right.kind:
-        return None
-    if left.kind is Kind.DATA and left.host_offset + left.length != right.host_offset:
-        return None
-    return left._replace(length=left.length + right.length)

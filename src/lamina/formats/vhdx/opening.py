@@ -14,23 +14,25 @@ from lamina.formats.vhdx.layout import (
     FILE_SIGNATURE,
     FULLY_PRESENT,
     METADATA_REGION,
-    METADATA_TABLE_BYTES,
     NO_GUID,
     OFFSET,
-    PARENT_LOCATOR,
     PARTIALLY_PRESENT,
     REGION_TABLE_BYTES,
     REGION_TABLE_OFFSETS,
     STATE,
-    Item,
-    Parameters,
     Region,
     check_apart,
     check_log,
     new_guid,
+    parse_regions,
+)
+from lamina.formats.vhdx.metadata import (
+    METADATA_TABLE_BYTES,
+    PARENT_LOCATOR,
+    Item,
+    Parameters,
     parse_items,
     parse_parameters,
-    parse_regions,
 )
 from lamina.records import dataclass
 

@@ -14,15 +14,10 @@ from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, StorageEr
 from lamina.formats.vhdx import locator
 from lamina.formats.vhdx.clearing import clear
 from lamina.formats.vhdx.headers import Headers
-from lamina.formats.vhdx.layout import (
-    FILE_SIGNATURE,
-    METADATA_TABLE_BYTES,
-    NOT_PRESENT,
-    PARENT_LOCATOR,
-    guid_text,
-)
+from lamina.formats.vhdx.layout import FILE_SIGNATURE, NOT_PRESENT, guid_text
+from lamina.formats.vhdx.metadata import METADATA_TABLE_BYTES, PARENT_LOCATOR
 from lamina.records import replace
-from lamina.units import MIB, round_up
+from lamina.units import round_up
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext
@@ -101,11 +96,11 @@ def change_parent(mapping: VhdxMapping, filename: str | None, format: str | None
     finally:
         if not file.users:
             file.close()
-    _write_locator(mapping, locator.for_parent(filename, guid))
+    write_locator(mapping, locator.for_parent(filename, guid))
     mapping.image.parent_name = locator.filenames(mapping.image.parent)[0]
 
 
-def _write_locator(mapping: VhdxMapping, entries: dict[str, str]) -> None:
+def write_locator(mapping: VhdxMapping, entries: dict[str, str]) -> None:
     """Behind all other items, over the old one: the log makes that one change."""
     image = mapping.image
     data = locator.pack(entries)
@@ -132,24 +127,17 @@ def make_empty(mapping: VhdxMapping) -> None:
     if not mapping.differencing:
         raise ImageUnsupported("Operation not supported")
     bat = mapping.bat
-    freed: list[tuple[int, int]] = []
     for block in range(0, bat.blocks, _STEP):
         count = min(_STEP, bat.blocks - block)
         clear(mapping, block, count, even_absent=True, state=NOT_PRESENT)
         mapping.metadata.relieve()
     # No block may be without the bitmap that it needs, not even in a part of a commit.
     mapping.metadata.commit()
-    for chunk in range(-(-bat.blocks // bat.ratio)):
-        place = mapping.bitmaps.host_offset(chunk)
-        if place:
-            bat.set_bitmap(chunk, NOT_PRESENT)
-            mapping.bitmaps.forget(place)
-            freed.append((place, MIB))
-    mapping.space.free_later(freed)
+    mapping.space.free_later(mapping.bitmaps.drop(range(bat.chunks)))
     parent = mapping.disk.backing
     guid = None if parent is None else data_write_guid(parent)
     if guid is not None:
         entries = {**mapping.image.parent, locator.LINKAGE: f"{{{guid_text(guid)}}}"}
-        _write_locator(mapping, entries)
+        write_locator(mapping, entries)
     mapping.metadata.commit()
     mapping.metadata.barrier()

@@ -11,7 +11,7 @@ from lamina.block.limits import WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.reader import fill_zeroes
 from lamina.errors import ImageCorrupt, ImageUnsupported, Refused
-from lamina.formats.vhdx.layout import MAX_SIZE, NO_GUID, Header
+from lamina.formats.vhdx.layout import NO_GUID, Header
 from lamina.formats.vhdx.log import (
     SECTOR,
     Change,
@@ -20,6 +20,7 @@ from lamina.formats.vhdx.log import (
     parse_entry,
     parse_entry_header,
 )
+from lamina.formats.vhdx.metadata import MAX_SIZE
 from lamina.records import replace
 from lamina.units import MIB, round_up
 
@@ -30,7 +31,7 @@ _CHUNK = MIB
 """Bytes of a log that are looked at together."""
 _MAX_ENTRY = 64 * MIB
 """Bytes, and …"""
-_MAX_DESCRIPTORS = 1 << 16
+_MAX_DESCRIPTORS = 1 << 14
 """… descriptors that a log may make us hold. Logs in use are a megabyte long."""
 
 

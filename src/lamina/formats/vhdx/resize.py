@@ -14,19 +14,18 @@ from lamina.errors import UsageError
 from lamina.formats.vhdx.clearing import clear
 from lamina.formats.vhdx.layout import (
     FULLY_PRESENT,
-    MAX_SIZE,
     NOT_PRESENT,
     REGION_TABLE_OFFSETS,
-    VIRTUAL_DISK_SIZE,
     ZERO,
     pack_regions,
 )
+from lamina.formats.vhdx.metadata import MAX_SIZE, VIRTUAL_DISK_SIZE
 from lamina.records import replace
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:
-    from lamina.formats.vhdx.layout import Parameters
     from lamina.formats.vhdx.mapping import VhdxMapping
+    from lamina.formats.vhdx.metadata import Parameters
 
 _STEP = 1 << 17
 """Blocks whose entries are changed before memory may be relieved."""
@@ -64,6 +63,10 @@ def _grow(mapping: VhdxMapping, parameters: Parameters, preallocation: Prealloca
         for block in range(first, end, _STEP):
             bat.fill(block, min(_STEP, end - block), ZERO)
             mapping.metadata.relieve()
+    if mapping.differencing:
+        # Entries that were not in use may say anything.
+        for chunk in range(bat.chunks, -(-parameters.blocks // bat.ratio)):
+            bat.set_bitmap(chunk, 0)
     _write_size(mapping, parameters)
 
 
@@ -112,11 +115,16 @@ def _allocate(
 
 
 def _shrink(mapping: VhdxMapping, parameters: Parameters) -> None:
-    first, end = parameters.blocks, mapping.bat.blocks
+    bat = mapping.bat
+    first, end, chunks = parameters.blocks, bat.blocks, bat.chunks
     _write_size(mapping, parameters)
     for block in range(first, end, _STEP):
         clear(mapping, block, min(_STEP, end - block), even_absent=True, state=NOT_PRESENT)
         mapping.metadata.relieve()
+    # No block may be without the bitmap that it needs, not even in a part of a commit.
+    mapping.metadata.commit()
+    if mapping.differencing:
+        mapping.space.free_later(mapping.bitmaps.drop(range(bat.chunks, chunks)))
     mapping.metadata.commit()
     mapping.metadata.barrier()
     cut_tail(mapping)

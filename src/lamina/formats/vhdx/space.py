@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.errors import ImageUnsupported, LaminaError
-from lamina.formats.vhdx.layout import (
-    BITMAP_PRESENT,
-    HEADER_SECTION,
-    MAX_SIZE,
-    NOT_PRESENT,
-    STATE,
-    ZERO,
-)
+from lamina.formats.vhdx.layout import BITMAP_PRESENT, HEADER_SECTION, NOT_PRESENT, STATE, ZERO
+from lamina.formats.vhdx.metadata import MAX_SIZE
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -50,6 +44,8 @@ class Space:
         if at < 0:
             at = len(used.rstrip(b"\0"))
         self._clear(at * MIB, length)
+        # Before anything names it, that it reads as zeroes is durable.
+        self._mapping.metadata.data_written(self._mapping.file)
         if at * MIB + length > self._mapping.file.size:
             self._extend(at * MIB + length)
         if len(used) < at + count:

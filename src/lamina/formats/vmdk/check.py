@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Report = Callable[[str], None]
 _STEP = 1 << 20
 """Grains looked at at a time."""
+_TABLES = 512
+"""Tables that are held against their copies at a time."""
 _MARKERS = 4096
 """Markers of compressed grains that are read with one call."""
 
@@ -45,6 +47,9 @@ def check(node: Node, fix: Fix, report: Report) -> CheckResult:
     assert isinstance(mapping, VmdkMapping)
     result = CheckResult()
     with disk.exclusive():
+        if not disk.read_only:
+            # Tables are looked at where they are stored.
+            mapping.flush()
         for extent in mapping.extents:
             if isinstance(extent, SparseExtent):
                 SparseCheck(mapping, extent, fix, report, result).run()
@@ -115,8 +120,7 @@ class SparseCheck(GrainCheck):
 
     def run(self) -> None:
         header = self.extent.header
-        for number in range(header.directory_entries):
-            self._look_at_table(number)
+        self._look_at_tables()
         if self.unreadable:
             return
         super().run()
@@ -133,35 +137,70 @@ class SparseCheck(GrainCheck):
 
     # -- tables ----------------------------------------------------------------------------------
 
-    def _look_at_table(self, number: int) -> None:
-        """A table that is named, and its copy."""
-        extent = self.extent
+    def _look_at_tables(self) -> None:
+        """Those that are named, and their copies, many at a time."""
+        extent, header = self.extent, self.extent.header
+        places = self._directory(header.directory_offset)
+        wrong = places + header.table_bytes > extent.table_limit
+        for number in np.flatnonzero(wrong).tolist():
+            self._wrong_table(number)
+        if not header.has_redundant:
+            return
+        if not extent.has_redundant_directory:
+            self.report("ERROR: the redundant grain directory lies outside of the image")
+            self.result.corruptions += 1
+            return
+        copies = self._directory(header.redundant_offset)
+        copies[copies + header.table_bytes > extent.table_limit] = 0
+        places[wrong] = 0
+        numbers = np.flatnonzero(places)
+        for first in range(0, len(numbers), _TABLES):
+            some = numbers[first : first + _TABLES]
+            different = (self._tables(places[some]) != self._tables(copies[some])).any(axis=1)
+            for number in some[different | (copies[some] == 0)].tolist():
+                self._different_copy(number)
+
+    def _directory(self, offset: int) -> Sectors:
+        """Host offsets of all tables that this directory names."""
+        words = np.zeros(self.extent.header.directory_entries, "<u4")
+        if len(words):
+            self.extent.node.readv([(offset, words.data.cast("B"))])
+        return words.astype(np.int64) * SECTOR
+
+    def _tables(self, places: Sectors) -> npt.NDArray[np.uint32]:
+        """A row for each; of zeroes for one that there is not."""
+        tables = np.zeros((len(places), self.extent.header.table_entries), "<u4")
+        self.extent.node.readv(
+            [
+                (place, row.data.cast("B"))
+                for place, row in zip(places.tolist(), tables, strict=True)
+                if place
+            ]
+        )
+        return tables
+
+    def _wrong_table(self, number: int) -> None:
         try:
-            offset = extent.table_offset(number)
+            self.extent.table_offset(number)
         except ImageCorrupt as error:
             self.report(f"ERROR: {error}")
-            # A stream has no room for another table.
-            if self.fix.errors and not extent.compressed:
-                self._change_content()
-                replace_table(extent, number)
-                self.result.corruptions_fixed += 1
-            else:
-                self.result.corruptions += 1
-                self.unreadable = True
+        # A stream has no room for another table.
+        if not self.fix.errors or self.extent.compressed:
+            self.result.corruptions += 1
+            self.unreadable = True
             return
-        if not offset:
-            return
-        if not extent.header.has_redundant:
-            return
-        copy = extent.copy_offset(number)
-        table = extent.tables.get(offset)
-        if copy and extent.copies.get(copy) == table:
-            return
+        self._change_content()
+        replace_table(self.extent, number)
+        self.result.corruptions_fixed += 1
+
+    def _different_copy(self, number: int) -> None:
+        extent = self.extent
         self.report(f"ERROR: the redundant copy of grain table {number} is different")
         if not self.fix.errors:
             self.result.corruptions += 1
             return
-        if copy:
+        if copy := extent.copy_offset(number):
+            table = extent.tables.get(extent.table_offset(number))
             self._take_from_copy(number, table, extent.copies.get(copy))
         renew_copy(extent, number)
         self.result.corruptions_fixed += 1
@@ -260,15 +299,16 @@ class SparseCheck(GrainCheck):
         """Places behind that of the first grain which hold no grains, in steps of one."""
         extent = self.extent
         header = extent.header
-        places = []
-        for number in range(header.directory_entries):
-            places += [extent.table_offset(number), extent.copy_offset(number)]
-        places = [place for place in places if place >= header.overhead]
+        named = [self._directory(header.directory_offset)]
+        if extent.has_redundant_directory:
+            named.append(self._directory(header.redundant_offset))
+        places = np.concatenate(named)
+        others = places[places >= header.overhead].tolist()
         length = header.directory_entries * ENTRY_SIZE
         for directory in (header.directory_offset, header.redundant_offset):
             if directory >= header.overhead:
-                places += range(directory, directory + length, extent.grain)
-        return np.array(places, np.int64)
+                others += range(directory, directory + length, extent.grain)
+        return np.array(others, np.int64)
 
     def _give_back(self, start: int, end: int) -> int:
         """How many grains of this space, which nobody names, take room; they are freed if that is

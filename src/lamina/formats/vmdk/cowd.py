@@ -15,6 +15,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
+from lamina.formats.vmdk.layout import MAX_GRAIN
 from lamina.formats.vmdk.tables import TablesExtent, read_words
 from lamina.records import dataclass
 from lamina.units import SECTOR
@@ -26,7 +27,6 @@ MAGIC = b"COWD"
 HEADER_SIZE = 4 * SECTOR
 _HEADER = struct.Struct("<4s7I")
 TABLE_ENTRIES = 4096
-MAX_GRAIN = 1 << 30
 _ENTRY_SIZE = 4
 
 

@@ -16,8 +16,10 @@ from lamina.errors import ImageCorrupt, ImageUnsupported, StorageError
 from lamina.records import dataclass
 from lamina.units import SECTOR
 
-MAX_SIZE = 4 << 20
+MAX_SIZE = 2 << 20
 """Bytes that are read of one."""
+MAX_EXTENTS = 1 << 16
+"""128 TiB, where they are split."""
 MAX_NAME = 511
 """Bytes of the name of an extent."""
 NO_PARENT = 0xFFFFFFFF
@@ -40,7 +42,7 @@ _EXTENT = re.compile(
     r'\s*(?P<access>RW|RDONLY|NOACCESS)\s+(?P<sectors>\d+)\s+(?P<type>\w+)'
     r'(?:\s+"(?P<name>[^"]*)"(?:\s+(?P<offset>\S+))?)?(?:\s.*)?'
 )
-_EXTENT_WORDS = re.compile(r"\s*(?:RW|RDONLY|NOACCESS)\s")
+_EXTENT_LINE = re.compile(r"^[ \t]*(?:RW|RDONLY|NOACCESS)(?:[ \t].*)?$", re.MULTILINE)
 _DIGITS = 18
 """Of a number of sectors: more cannot be one of a disk."""
 
@@ -94,7 +96,7 @@ class Descriptor:
     def with_extents(self, extents: Sequence[ExtentLine]) -> Descriptor:
         """The same disk with other extents, and the geometry that goes with their size."""
         lines = self.text.split("\n")
-        places = [number for number, line in enumerate(lines) if _EXTENT_WORDS.match(line)]
+        places = [number for number, line in enumerate(lines) if _EXTENT_LINE.match(line)]
         ending = "\r" if lines[places[0]].endswith("\r") else ""
         kept = [line for number, line in enumerate(lines) if number not in places]
         kept[places[0] : places[0]] = [f"{line}{ending}" for line in extents]
@@ -135,9 +137,15 @@ def parse(text: str) -> Descriptor:
             errno=errno.EINVAL,
         )
     parent_cid = _cid(text, "parentCID")
-    extents = tuple(
-        _extent(line.rstrip("\r")) for line in text.split("\n") if _EXTENT_WORDS.match(line)
-    )
+    lines = [found[0].rstrip("\r") for found in _EXTENT_LINE.finditer(text)]
+    if len(lines) > MAX_EXTENTS:
+        raise ImageUnsupported(
+            f"A disk of {len(lines)} extents",
+            format="vmdk",
+            structure="descriptor",
+            field="extents",
+        )
+    extents = tuple(_extent(line) for line in lines)
     if sum(line.length for line in extents) >= 1 << 63:
         raise StorageError("File too large", errno=errno.EFBIG)
     return Descriptor(
@@ -203,7 +211,8 @@ def _extent(line: str) -> ExtentLine:
 
 
 def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile(rf'^([ \t]*{re.escape(key)}[ \t]*=[ \t]*)("[^"\r\n]*"|[^"\r\n]*)', re.M)
+    before = rf"^([ \t]*{re.escape(key)}[ \t]*=[ \t]*)"
+    return re.compile(before + r'("[^"\r\n]*"|[^"\r\n]*)', re.MULTILINE)
 
 
 def _value(text: str, key: str) -> str | None:

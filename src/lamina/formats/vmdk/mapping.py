@@ -65,6 +65,10 @@ class VmdkMapping(Mapping):
         self.starts = [extent.start for extent in extents]
         self.size = extents[-1].end
         self.unit = allocation_unit(extents, self.size)
+        # Otherwise a unit is the whole disk, and no tables speak of such.
+        self.grains_meet = self.unit == max(
+            (extent.grain for extent in extents if extent.grain), default=self.unit
+        )
         self.fixed = all(isinstance(extent, FlatExtent) for extent in extents)
         only = extents[0] if len(extents) == 1 else None
         self.encodes_always = only is not None and only.compressed
@@ -208,8 +212,7 @@ class VmdkMapping(Mapping):
         return pack_grain(offset, encoded)
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
-        if len(self.extents) > 1 and self.unit > max(one.grain for one in self.extents):
-            # Units are no grains.
+        if not self.grains_meet:
             return False
         # Not all(): where tables can say it they do, and the rest is written once more.
         done = True
@@ -218,7 +221,7 @@ class VmdkMapping(Mapping):
         return done
 
     def discard(self, offset: int, length: int) -> None:
-        if len(self.extents) > 1 and self.unit > max(one.grain for one in self.extents):
+        if not self.grains_meet:
             return
         for extent, start, count in self.parts(offset, length):
             inside = count if extent.grain else min(count, extent.end - start)

@@ -193,10 +193,15 @@ def open_sparse(
     footer = header.directory_offset < 0
     if footer:
         header = _with_footer(node, header)
-    options = {"format": format, "writable": writable, "backed": backed}
-    if header.compressed and header.flags & MARKERS and not header.has_redundant:
-        return StreamExtent(start, node, header, metadata, footer=footer, **options)
-    return SparseExtent(start, node, header, metadata, **options)  # type: ignore[arg-type]
+    stream = header.compressed and header.flags & MARKERS and not header.has_redundant
+    extent = (StreamExtent if stream else SparseExtent)(
+        start, node, header, metadata, format=format, writable=writable, backed=backed
+    )
+    if isinstance(extent, StreamExtent):
+        extent.footer = footer
+    else:
+        extent.sealed = footer
+    return extent
 
 
 def _with_footer(node: Node, header: SparseHeader) -> SparseHeader:

@@ -41,6 +41,8 @@ DIRECTORY_CHUNK = 64 << 10
 
 class SparseExtent(GrainExtent):
     codec = "grain"
+    sealed = False
+    """The footer names the directory, in a form that is none of a stream."""
 
     def __init__(
         self,
@@ -85,6 +87,8 @@ class SparseExtent(GrainExtent):
     def check_writable(self) -> None:
         if self.header.version == 3 and not self.compressed:
             raise Refused("VMDK version 3 must be read only", errno=errno.EACCES)
+        if self.sealed:
+            raise Refused("Images with a footer and two directories are only read")
 
     # -- tables ----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 
 from lamina.engine.metadata import Stage
 from lamina.formats.vmdk.layout import (
@@ -24,6 +25,7 @@ from lamina.formats.vmdk.layout import (
     MARKER_END,
     MARKER_FOOTER,
     MARKER_TABLE,
+    TRAILER_SIZE,
     SparseHeader,
     pack_marker,
     parse_marker,
@@ -36,14 +38,13 @@ _PLACE = struct.Struct("<Q")
 
 
 class StreamExtent(SparseExtent):
-    footer: bool
+    footer = False
     """The header leaves it to the footer to name the directory."""
 
-    def __init__(self, *args: object, footer: bool, **options: object) -> None:
-        self.footer = footer
-        self._open: dict[int, bytearray] = {}
+    @cached_property
+    def _open(self) -> dict[int, bytearray]:
         """Tables by number that have no place yet: it will be behind their grains."""
-        super().__init__(*args, **options)  # type: ignore[arg-type]
+        return {}
 
     # -- tables without a place ------------------------------------------------------------------
 
@@ -91,21 +92,27 @@ class StreamExtent(SparseExtent):
         header = self.header
         old = header.directory_offset
         spare = spare_directory(header)
+        end = old + self._directory_bytes
+        if end + TRAILER_SIZE != self.node.size:
+            # Who knows what is there.
+            end = round_up(self.node.size, SECTOR)
         if spare and self._nothing_before(header.overhead):
             self.node.writev([(spare, self._whole_directory())])
             self.node.flush()
-            end = old
-            marker = parse_marker(self.node.read(old - SECTOR, SECTOR))
-            if (marker.size, marker.kind) == (0, MARKER_DIRECTORY) and old > header.overhead:
-                end -= SECTOR
+            if end < self.node.size and self._is_directory_marker(old - SECTOR):
+                end = old - SECTOR
         else:
-            spare, end = old, old + self._directory_bytes
+            spare = old
         self._point(spare)
         self._use_directory(spare)
         self.footer = False
         self.space.end = end
-        # The old end is still there, whose bytes are no zeroes.
-        self.space.touched = max(self.node.size, end)
+
+    def _is_directory_marker(self, offset: int) -> bool:
+        if offset < self.header.overhead:
+            return False
+        marker = parse_marker(self.node.read(offset, SECTOR))
+        return (marker.size, marker.kind) == (0, MARKER_DIRECTORY)
 
     def finish(self) -> None:
         """A new end, once everything is written."""

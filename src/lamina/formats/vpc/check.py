@@ -52,7 +52,6 @@ class _Check:
         ):
             self.file.write(0, footer)
         last = self.file.read(self.file.size - FOOTER_SIZE, FOOTER_SIZE)
-        # Some writers leave the last byte out.
         if last != footer and self._wrong("the footer at the end of the file is damaged"):
             mapping.trailer.touch()
 

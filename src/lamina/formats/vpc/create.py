@@ -24,6 +24,7 @@ _ENTRIES_AT_ONCE = 1 << 18
 def create(options: VpcCreateOptions, file: Node, context: CreateContext) -> None:
     """Raises UsageError, StorageError."""
     footer = new_footer(options)
+    layout.check_size(footer.current_size)
     if footer.disk_type == layout.FIXED:
         file.truncate(footer.current_size, exact=False)
         file.write(footer.current_size, footer.pack())
@@ -31,7 +32,7 @@ def create(options: VpcCreateOptions, file: Node, context: CreateContext) -> Non
     header, content = new_header(footer), b""
     if footer.disk_type == layout.DIFFERENCING:
         header, content = _with_parent(header, options, context)
-    file.truncate(0)
+    file.truncate(0, exact=False)
     write_free(file, header.table_offset, header.table_end)
     if content:
         file.write(FOOTER_SIZE + HEADER_SIZE, content)
@@ -51,7 +52,7 @@ def write_free(file: Node, start: int, end: int) -> None:
 
 
 def new_footer(options: VpcCreateOptions) -> Footer:
-    """The footer of such an image. Raises UsageError, StorageError (EFBIG)."""
+    """The footer of such an image, whatever its size. Raises UsageError."""
     sectors = -(-options.size // SECTOR)
     fixed = options.subformat == "fixed"
     exact = options.force_size
@@ -63,7 +64,6 @@ def new_footer(options: VpcCreateOptions) -> Footer:
         exact |= made != sectors
     if exact:
         made, chs = sectors, LARGEST
-    layout.check_size(made * SECTOR)
     kind = layout.FIXED if fixed else layout.DYNAMIC
     return Footer(
         made * SECTOR,

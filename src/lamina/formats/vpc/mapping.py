@@ -27,7 +27,7 @@ from lamina.errors import ImageCorrupt
 from lamina.formats.vpc.bitmaps import Bitmaps
 from lamina.formats.vpc.footer import TrailingFooter
 from lamina.formats.vpc.layout import DIFFERENCING, FOOTER_SIZE, FREE, HEADER_SIZE, Footer, Header
-from lamina.units import SECTOR, round_down, round_up
+from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import WriteRequest
@@ -104,8 +104,10 @@ class DynamicMapping(VpcMapping, BlockMapping):
         super().__init__(disk, footer, size)
         self.backing_name = backing_name
         self.has_backing = footer.disk_type == DIFFERENCING
-        self.discard_unit = min(PAGE, header.block_size)
-        self.write_unit = SECTOR if self.has_backing else min(PAGE, header.block_size)
+        self.group = min(PAGE, header.block_size)
+        """Bytes of sectors that become ours together: those of a byte of the bitmap, for there are
+        readers that get parts of one wrong."""
+        self.write_unit = self.discard_unit = self.group
         # Without a parent, what is not there is zero for certain: there is nothing below.
         self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO}
         self.unit = header.block_size
@@ -253,11 +255,13 @@ class VpcReservation(BlockReservation):
         """Host offset of a block, first sector, end."""
 
     def within(self, place: int, start: int, end: int) -> None:
-        """Sectors that are not there yet are written as wholes, the rest of them from below."""
+        """Groups that are not all there yet are written as wholes, the rest of them from below."""
         mapping = self._mapping
         skip = start % mapping.unit
         block = place - skip - mapping.prefix
-        first, stop = skip // SECTOR, -(-(skip + end - start) // SECTOR)
+        group = mapping.group if mapping.has_backing else SECTOR
+        head, tail = start % group, -end % group
+        first, stop = (skip - head) // SECTOR, (skip + end - start + tail) // SECTOR
         if mapping.bitmaps.all_set(block, first, stop):
             super().within(place, start, end)
             return
@@ -265,11 +269,6 @@ class VpcReservation(BlockReservation):
         if not mapping.has_backing:
             super().within(place, start, end)
             return
-        head, tail = start % SECTOR, -end % SECTOR
-        if head and mapping.bitmaps.all_set(block, first, first + 1):
-            head = 0
-        if tail and mapping.bitmaps.all_set(block, stop - 1, stop):
-            tail = 0
         self.pieces.append(
             Piece(
                 start,
@@ -293,15 +292,18 @@ class VpcReservation(BlockReservation):
         place, untouched = self.take(block)
         mapping.bitmaps.new(place - mapping.prefix, all_set=False)
         skip, stop = start - first, end - first
-        self._marks.append((place - mapping.prefix, skip // SECTOR, -(-stop // SECTOR)))
+        head, tail = skip % mapping.group, -stop % mapping.group
+        self._marks.append(
+            (place - mapping.prefix, (skip - head) // SECTOR, (stop + tail) // SECTOR)
+        )
         self.pieces.append(
             Piece(
                 start,
                 end - start,
                 mapping.file,
                 place + skip,
-                copy_head=skip - round_down(skip, SECTOR),
-                copy_tail=round_up(stop, SECTOR) - stop,
+                copy_head=head,
+                copy_tail=tail,
                 fresh=True,
                 reads_zero=untouched,
             )

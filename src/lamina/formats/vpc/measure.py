@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lamina.block.driver import Measurement
 from lamina.block.occupancy import data_units
 from lamina.formats.vpc.create import file_size, new_footer, new_header
-from lamina.formats.vpc.layout import FOOTER_SIZE
+from lamina.formats.vpc.layout import FOOTER_SIZE, check_size
 from lamina.records import replace
 
 if TYPE_CHECKING:
@@ -19,10 +19,12 @@ def measure(options: VpcCreateOptions, source: Node | None) -> Measurement:
     """Raises UsageError or StorageError for what cannot be created."""
     if source is not None:
         options = replace(options, size=source.size)
+    footer = new_footer(options)
+    check_size(footer.current_size)
     fixed = file_size(options)
     if fixed:
         return Measurement(fixed, fixed)
-    header = new_header(new_footer(options))
+    header = new_header(footer)
     empty = header.table_end + FOOTER_SIZE
     block = header.bitmap_bytes + header.block_size
     full = empty + header.max_table_entries * block

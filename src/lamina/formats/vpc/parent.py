@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from lamina.block.filenames import combine, local_file, protocol_prefix
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, UsageError
 from lamina.formats.vpc.layout import EPOCH, Header, Locator
@@ -38,12 +39,15 @@ def parent_filename(file: Node, header: Header) -> str | None:
         encoding = "utf-8" if locator.code == URL else "utf-16-le"
         names[locator.code] = data.decode(encoding, "replace").split("\0")[0]
     if names.get(RELATIVE):
-        return _relative(names[RELATIVE])
-    if names.get(ABSOLUTE):
-        return _absolute(names[ABSOLUTE])
-    if names.get(URL):
-        return unquote(urlsplit(names[URL]).path) or None
-    return _absolute(header.parent_name) if header.parent_name else None
+        name = _relative(names[RELATIVE])
+    elif names.get(ABSOLUTE):
+        name = _absolute(names[ABSOLUTE])
+    elif names.get(URL):
+        name = unquote(urlsplit(names[URL]).path)
+    else:
+        name = _absolute(header.parent_name)
+    # All of these are paths: none of them asks for a protocol.
+    return f"./{name}" if protocol_prefix(name) is not None else name or None
 
 
 def _relative(name: str) -> str:
@@ -63,8 +67,6 @@ def locator_names(filename: str, image: str) -> list[tuple[bytes, bytes]]:
 
     Raises UsageError for a name that is not that of a local file.
     """
-    from lamina.block.filenames import combine, local_file
-
     path = local_file(combine(image, filename))
     if path is None:
         raise UsageError(
@@ -113,8 +115,6 @@ def describe(
 
 def _changed_at(parent: Node) -> int:
     """When the file of the parent was last written to, as VHD counts time; 0: nobody knows."""
-    from lamina.block.filenames import local_file
-
     path = local_file(parent.unfiltered.file.filename)
     try:
         return 0 if path is None else max(int(os.stat(path).st_mtime) - EPOCH, 0)

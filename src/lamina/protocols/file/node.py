@@ -16,6 +16,7 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, StorageError
+from lamina.protocols.file.cold import ColdReads
 from lamina.protocols.file.holes import HoleMap
 from lamina.protocols.file.locks import FileLocks
 from lamina.protocols.file.transfer import continue_read, continue_write, preadv, pwritev, runs
@@ -56,6 +57,7 @@ class FileNode(Node):
         self._growth = threading.Lock()
         self._ahead: GrowthAhead | None = None
         """Of a file that grows."""
+        self._cold = ColdReads()
         self._flushing = threading.Lock()
         self._unflushed = False
         self._flush_error = 0
@@ -99,10 +101,13 @@ class FileNode(Node):
                 if done != len(buffer):
                     continue_read(self._fd, (buffer,), offset, done)
             else:
-                for offset, buffers, length in runs(requests):
+                scattered = runs(requests)
+                start = self._cold.begin(self._fd, scattered)
+                for offset, buffers, length in scattered:
                     done = preadv(self._fd, buffers, offset)
                     if done != length:
                         continue_read(self._fd, buffers, offset, done)
+                self._cold.end(start, scattered)
         except (OSError, OverflowError) as error:
             raise self._failure(error) from None
 

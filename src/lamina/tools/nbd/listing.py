@@ -48,12 +48,12 @@ def _described(export: Description, style: Style) -> list[str]:
     if export.flags & nbd.HAS_FLAGS:
         words = "".join(f" {word}" for flag, word in _FLAGS.items() if export.flags & flag)
         lines += [f"  size:  {export.size}", f"  flags: 0x{export.flags:x} ({words} )"]
-        sizes = export.sizes
-        lines += [
-            f"  min block: {sizes.minimum}",
-            f"  opt block: {sizes.preferred}",
-            f"  max block: {sizes.maximum}",
-        ]
+        if export.sizes_told:
+            lines += [
+                f"  min block: {export.sizes.minimum}",
+                f"  opt block: {export.sizes.preferred}",
+                f"  max block: {export.sizes.maximum}",
+            ]
         width = "64-bit" if style is Style.EXTENDED else "32-bit"
         lines.append(f"  transaction size: {width}")
     if export.contexts:

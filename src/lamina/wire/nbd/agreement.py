@@ -33,6 +33,8 @@ class Description:
     sizes: BlockSizes = BlockSizes()
     contexts: tuple[str, ...] = ()
     """Names of the metadata contexts that there are."""
+    sizes_told: bool = False
+    """Clients: the server itself named ``sizes``; otherwise they are what is usual."""
 
 
 @dataclass(frozen=True)

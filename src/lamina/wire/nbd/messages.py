@@ -42,7 +42,7 @@ class BlockSizes:
     """Offsets and lengths are multiples of it."""
     preferred: int = 4096
     maximum: int = nbd.MAX_PAYLOAD
-    """Of the payload of one message."""
+    """Of the payload of one message; 0xffffffff: no limit."""
 
 
 class QueryRequest(NamedTuple):
@@ -198,8 +198,7 @@ def unpack_info_block_size(data: bytes) -> BlockSizes:
         raise ProtocolError(f"server preferred block size {preferred} is not valid")
     if maximum < minimum:
         raise ProtocolError(f"server maximum block size {maximum} is not valid")
-    # 0xffffffff: no limit. Whatever the limit, keep to whole blocks.
-    return BlockSizes(minimum, preferred, maximum // minimum * minimum)
+    return BlockSizes(minimum, preferred, maximum)
 
 
 def pack_meta_context(number: int, name: str) -> bytes:

@@ -209,7 +209,8 @@ def _info(number: int, name: str) -> Negotiation[Description | None]:
             size, flags = messages.unpack_info_export(content)
             found = replace(found, size=size, flags=flags)
         elif topic == nbd.INFO_BLOCK_SIZE:
-            found = replace(found, sizes=messages.unpack_info_block_size(content))
+            sizes = messages.unpack_info_block_size(content)
+            found = replace(found, sizes=sizes, sizes_told=True)
         elif topic == nbd.INFO_DESCRIPTION:
             found = replace(found, text=messages.text(content))
     if not found.flags:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from lamina.records import replace
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd import messages
 from lamina.wire.nbd.agreement import Agreement, Description, Style
@@ -274,10 +275,7 @@ class _Handshake:
             flags |= nbd.SEND_DF
         if self._style is Style.EXTENDED and export.contexts:
             flags |= nbd.BLOCK_STATUS_PAYLOAD
-        described = Description(
-            export.name, export.size, flags, export.text, export.sizes, export.contexts
-        )
-        return Agreement(described, self._style, dict(contexts))
+        return Agreement(replace(export, flags=flags), self._style, dict(contexts))
 
 
 def _asks_for(query: str, context: str, selecting: bool) -> bool:

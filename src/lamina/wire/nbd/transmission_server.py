@@ -127,7 +127,7 @@ class RequestReader:
             elif length <= left - size:
                 payload = buffer[self._start : self._start + length]
                 self._start += length
-                found.append(request._replace(payload=payload))
+                found.append(Request(command, flags, cookie, offset, length, payload))
             elif length <= CAPACITY - size:
                 self._start -= size  # it comes with the next bytes
                 return found
