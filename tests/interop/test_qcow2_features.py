@@ -188,6 +188,8 @@ class Image:
     def qemu_checks(self, *, snapshots: bool = True) -> None:
         assert "No errors were found" in run("qemu-img", "check", *self.named())
         self._qemu_reads((), bytes(self.content))
+        if self.choice["data_file_raw"] and not self.key:
+            assert Path("data").read_bytes()[: self.size] == self.content
         for name, content in self.snapshots.items() if snapshots else ():
             self._qemu_reads(("-l", f"snapshot.name={name}"), content)
 
@@ -202,6 +204,9 @@ CHOICES = pairs()
 @pytest.mark.parametrize("number", range(len(CHOICES)), ids=lambda at: name_of(CHOICES[at]))
 def test_both_work_on_one_image(number: int, session: Session) -> None:
     choice = CHOICES[number]
+    if choice["data_file_raw"]:
+        # Nothing in a raw file is zeroes once it is decrypted.
+        choice = {**choice, "encrypt_format": None}
     image = Image(choice, session, number)
     # QEMU takes a second to find out how many iterations a LUKS key is worth.
     image.make(by_qemu=number % 2 == 1 and choice["encrypt_format"] != "luks")
@@ -232,7 +237,8 @@ def _amend(image: Image, number: int) -> None:
         image.qemu_checks()
         return
     image.we_amend(refcount_bits=16)
-    if choice["compression_type"] == "zlib":
+    old_enough = not choice["extended_l2"] and not choice["data_file"]
+    if choice["compression_type"] == "zlib" and old_enough:
         image.we_amend(compat="0.10")
         image.qemu_checks()
         image.qemu_amends("compat=1.1")

@@ -23,6 +23,9 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "compression_type": ("zlib", "zstd"),
     "encrypt_format": (None, "luks", "aes"),
     "lazy_refcounts": (False, True),
+    "extended_l2": (False, True),
+    "data_file": (None, "data"),
+    "data_file_raw": (False, True),
     # What else an image has.
     "backing": (None, "raw", "qcow2"),
     "snapshots": (0, 2),
@@ -40,6 +43,12 @@ def accepted(choice: Choice) -> bool:
         return False
     if old and choice["lazy_refcounts"]:
         return False
+    if choice["extended_l2"] and (old or choice["cluster_size"] < 16 * KIB):
+        return False
+    if choice["data_file"] and (old or choice["snapshots"]):
+        return False
+    if choice["data_file_raw"] and (choice["data_file"] is None or choice["backing"]):
+        return False
     # One snapshot makes it two references, two make it three.
     return bool(choice["snapshots"] < (1 << choice["refcount_bits"]))
 
@@ -47,7 +56,9 @@ def accepted(choice: Choice) -> bool:
 def compresses(choice: Choice) -> bool:
     """Whether clusters may be compressed. Many share a host cluster, which their counts must say:
     narrow ones leave them apart."""
-    return choice["encrypt_format"] is None and choice["refcount_bits"] >= 8
+    if choice["encrypt_format"] or choice["data_file"]:
+        return False
+    return bool(choice["refcount_bits"] >= 8)
 
 
 def options_of(choice: Choice) -> dict[str, Any]:

@@ -51,8 +51,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     # LUKS costs a tenth of a second per image, so most have none.
     "encrypt_format": (None, None, None, None, None, None, "aes", "aes", "luks"),
 }
-_new: dict[str, bytes] = {}
-"""Images that hold nothing yet, by what they are made of."""
+_new: dict[str, tuple[bytes, bytes]] = {}
+"""Images that hold nothing yet, and their data files, by what they are made of."""
+
+
+class Creation(NodesContext):
+    """A ``CreateContext`` as well."""
+
+    def create_beside(self, filename: str, size: int, *, from_here: bool = False) -> Node:
+        node = self.open_child("data-file")
+        node.truncate(size)
+        return node
 
 
 class Images(ImageMaker):
@@ -60,6 +69,7 @@ class Images(ImageMaker):
 
     def __init__(self) -> None:
         self.file = MemoryFile()
+        self.data: MemoryFile | None = None
         self.backing: bytes | None = None
         self.choice: Choice = {}
         self.secrets = Secrets()
@@ -80,11 +90,14 @@ class Images(ImageMaker):
             options |= {"backing_file": "below", "backing_fmt": "raw"}
         name = str((size, options))
         if name not in _new:
-            file = MemoryFile()
-            context: Any = self._context(file)
+            file, data = MemoryFile(), _data_file(b"")
+            context: Any = Creation(file, data_file=data)
+            context.secrets = self.secrets
             create(CreateOptions(size=size, **options), file, context)
-            _new[name] = bytes(file.content)
-        self.file = MemoryFile(_new[name])
+            _new[name] = bytes(file.content), bytes(data.content)
+        content, beside = _new[name]
+        self.file = MemoryFile(content)
+        self.data = _data_file(beside) if self.choice["data_file"] else None
         self.backing = backing
         return self.open()
 
@@ -93,7 +106,8 @@ class Images(ImageMaker):
         if self.backing is not None:
             below = MemoryFile(self.backing, NodeOptions(read_only=True))
         node_options = file.options if read_only else WRITABLE
-        context = NodesContext(file, backing=below, node_options=node_options)
+        beside = {} if self.data is None else {"data_file": self.data}
+        context = NodesContext(file, backing=below, node_options=node_options, **beside)
         context.secrets = self.secrets
         return context
 
@@ -118,6 +132,8 @@ class Images(ImageMaker):
         node.close()
         self.verify()
         self.file = MemoryFile(self.file.content)
+        if self.data is not None:
+            self.data = _data_file(self.data.content)
         return self.open()
 
     def verify(self) -> None:
@@ -125,9 +141,30 @@ class Images(ImageMaker):
         assert verdict.errors == []
         assert verdict.leaks == []
 
+    def check(self, node: Node, content: bytes) -> None:
+        """Arrays say what values say; a raw data file is the disk."""
+        rows = [
+            (int(offset), int(length), int(kind), int(host))
+            for piece in node.columns(0, node.size)
+            for offset, length, kind, host in zip(
+                piece.guest_offset, piece.length, piece.kind, piece.host_offset, strict=True
+            )
+        ]
+        assert rows == [
+            (one.guest_offset, one.length, int(one.kind), one.host_offset)
+            for one in node.extents(0, node.size)
+        ]
+        if self.choice["data_file_raw"] and not self.choice["encrypt_format"]:
+            assert self.data is not None
+            assert self.data.content[: len(content)].ljust(len(content), b"\0") == content
+
     def finish(self, node: Node) -> None:
         node.close()
         self.verify()
+
+
+def _data_file(content: bytes | bytearray) -> MemoryFile:
+    return MemoryFile(content, NodeOptions(read_only=False, unmap=True, filename="data"))
 
 
 class Qcow2Model(DiskModel):
@@ -171,6 +208,13 @@ class Qcow2Model(DiskModel):
         if not accepted(choice):
             # Of what excludes each other, the version gives way.
             choice["compat"] = "1.1"
+        if choice["extended_l2"]:
+            choice["cluster_size"] = 16 * KIB
+        if choice["data_file"] is None or choice["backing"]:
+            choice["data_file_raw"] = False
+        if choice["data_file_raw"]:
+            # Nothing in a raw file is zeroes once it is decrypted.
+            choice["encrypt_format"] = None
         runtime = {}
         if choice["compat"] == "1.1":
             runtime["discard-no-unref"] = data.draw(st.sampled_from(["off", "off", "on"]))
@@ -194,6 +238,8 @@ class Qcow2Model(DiskModel):
 
     def _may_take_snapshot(self) -> bool:
         """Counts are wide enough for one reference more, and for compressed clusters as well."""
+        if self.header.has_data_file:
+            return False
         return len(self.snapshots) < min((1 << self.header.refcount_bits) - 2, 3)
 
     @rule()
@@ -299,6 +345,8 @@ def show_to_qemu(images: Images, content: bytes) -> None:
     with TemporaryDirectory() as folder:
         image = Path(folder, "image")
         image.write_bytes(images.file.content)
+        if images.data is not None:
+            Path(folder, "data").write_bytes(images.data.content)
         if images.backing is not None:
             Path(folder, "below").write_bytes(images.backing)
         words = ["driver=qcow2,file.filename=image"]
