@@ -78,7 +78,7 @@ class Connection:
     def _shake_hands(self) -> Agreement | None:
         try:
             return steps.run(negotiate(_Catalogue(self._host), tls=self._tls), self._carrier)
-        except LaminaError as error:
+        except (LaminaError, OSError) as error:
             self._say(f"option negotiation failed: {error}")
             return None
 
@@ -91,7 +91,7 @@ class Connection:
             self._carrier.begin_transmission(self._patience)
             transmission = Transmission(self._carrier, self.export, agreement)
             transmission.run(lambda: self.stopping)
-        except LaminaError as error:
+        except (LaminaError, OSError) as error:
             self._say(f"Disconnect client, due to: {error}")
 
     def _say(self, text: str) -> None:

@@ -103,7 +103,7 @@ class Server:
         self._acceptor.start()
 
     def serve(self, connection: socket.socket) -> None:
-        """Take over a connected socket."""
+        """Take over a connected socket. Raises OSError."""
         connection.setblocking(True)
         prepare(connection)
         carrier = Carrier(
@@ -119,6 +119,11 @@ class Server:
             if self._closing:
                 carrier.close()
                 return
+            try:
+                one.start()
+            except RuntimeError:
+                carrier.close()
+                raise OSError("The host has no more threads") from None
             self._connections.append(one)
             crowd = [
                 other
@@ -128,12 +133,6 @@ class Server:
         if len(crowd) > _MOST_HANDSHAKES:
             self.log("Too many handshakes at a time: giving up the oldest")
             crowd[0].abort()
-        try:
-            one.start()
-        except RuntimeError:  # the host has no thread for it
-            carrier.close()
-            self.ended(one)
-            raise OSError("no more threads") from None
 
     def ended(self, connection: Connection) -> None:
         with self._guard:
