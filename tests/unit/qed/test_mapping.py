@@ -85,8 +85,7 @@ def test_reading_only_leaves_the_mark_until_it_is_written_to() -> None:
     assert features(file) == 0
 
 
-def test_damage_that_stays_refuses_writing() -> None:
-    """A cluster that is used twice is told apart; an unreadable table cannot be repaired."""
+def test_a_cluster_used_twice_is_shared_out_before_a_marked_image_is_written_to() -> None:
     file = MemoryFile(make(SIZE))
     disk = open_image(file)
     disk.write(0, b"x" * 2 * UNIT)

@@ -10,6 +10,7 @@ import pytest
 from lamina.block.extents import Kind
 from lamina.block.limits import Preallocation
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, UsageError
+from lamina.formats.vdi.layout import Header
 from lamina.testing.memory import MemoryFile
 from tests.unit.vdi.images import ALL, LEAKS, UNIT, WRITABLE, check, make, open_image
 
@@ -254,3 +255,35 @@ def test_wild_entries() -> None:
         _, _, fixed = check(image, ALL)
         result, lines, _ = check(fixed)
         assert (result.corruptions, lines) == (0, [])
+
+
+def test_images_of_virtualbox() -> None:
+    """Data begins at a megabyte, the header is longer, blocks are in any order."""
+    header = Header(
+        5 * UNIT,
+        UNIT,
+        5,
+        3,
+        text=b"<<< Oracle VM VirtualBox Disk Image >>>\n",
+        header_size=400,
+        geometry=(10, 16, 63),
+        uuid_image=b"i" * 16,
+        uuid_last_snapshot=b"s" * 16,
+        rest=struct.pack("<4I", 10, 16, 63, 512).ljust(56, b"\0"),
+    )
+    table = struct.pack("<5I", 2, 0xFFFFFFFF, 0, 0xFFFFFFFE, 1)
+    data = b"".join(bytes([block]) * UNIT for block in (2, 4, 7))
+    file = MemoryFile((header.pack() + table).ljust(UNIT, b"\0") + data, WRITABLE)
+    disk = open_image(file)
+    assert [disk.read(block * UNIT, 1)[0] for block in range(5)] == [7, 0, 2, 0, 4]
+    disk.write(UNIT, b"\1" * UNIT)
+    disk.truncate(9 * UNIT)
+    disk.truncate(4 * UNIT)
+    disk.close()
+    result, lines, _ = check(file.content)
+    assert (result.corruptions, lines) == (0, [])
+    disk = open_image(MemoryFile(file.content))
+    assert [disk.read(block * UNIT, 1)[0] for block in range(4)] == [7, 1, 2, 0]
+    # What is not ours to know stays.
+    for start, end in ((0, 0x150), (0x15C, 0x170), (0x174, 0x180), (0x188, 0x200)):
+        assert file.content[start:end] == header.pack()[start:end]
