@@ -91,11 +91,15 @@ class Image:
                 "qemu-img", "create", "-q", *SECRET, "-f", "qcow2", "-o", words, *backing,
                 self.file, self.size,
             )  # fmt: skip
-            return
-        options: dict[str, Any] = dict(word.split("=") for word in words.split(","))
-        if backing:
-            options |= {"backing_file": "base", "backing_fmt": backing[-1]}
-        create_image(self.file, "qcow2", session=self.session, options=options, size=self.size)
+        else:
+            options: dict[str, Any] = dict(word.split("=") for word in words.split(","))
+            if backing:
+                options |= {"backing_file": "base", "backing_fmt": backing[-1]}
+            create_image(self.file, "qcow2", session=self.session, options=options, size=self.size)
+        if self.choice["data_file"] == "raw" and self.key:
+            # Nothing in a raw file is zeroes once it is decrypted.
+            with self.open() as disk:
+                self.content[:] = disk.read(0, self.size)
 
     # -- we ----------------------------------------------------------------------------------------
 
