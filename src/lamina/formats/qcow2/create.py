@@ -192,12 +192,12 @@ def _check_encryption(options: CreateOptions) -> None:
 def _check_extended_l2(options: CreateOptions, version: int) -> None:
     if not options.extended_l2:
         return
+    if version < 3:
+        raise UsageError(_needs_v3("Extended L2 entries are only"))
     if options.cluster_size < 16 * KIB:
         raise UsageError(
             "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
         )
-    if version < 3:
-        raise UsageError(_needs_v3("Extended L2 entries are only"))
 
 
 def _check_data_file(options: CreateOptions, version: int) -> None:
