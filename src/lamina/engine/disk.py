@@ -18,6 +18,7 @@ from lamina.block.extents import Kind
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.cache import UnitCache
+from lamina.engine.clearing import Clearing
 from lamina.engine.locks import Ranges
 from lamina.engine.reader import Reader
 from lamina.engine.writer import Writer
@@ -57,6 +58,7 @@ class Disk(Node):
         self.units = UnitCache()
         self.reader = Reader(self)
         self.writer = Writer(self)
+        self.clearing = Clearing(self, self.writer)
         try:
             self.attach("file", context.open_child("file"))
             self.mapping = load(self)
@@ -176,12 +178,12 @@ class Disk(Node):
     def write_zeroes(
         self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE
     ) -> None:
-        self.writer.write_zeroes(offset, length, flags)
+        self.clearing.write_zeroes(offset, length, flags)
         if flags & WriteFlags.FUA:
             self.flush()
 
     def _discard(self, offset: int, length: int) -> None:
-        self.writer.discard(offset, length)
+        self.clearing.discard(offset, length)
 
     def flush(self) -> None:
         """Metadata and data to the children and, unless the user said no_flush, to storage."""
@@ -245,7 +247,7 @@ class Disk(Node):
     ) -> None:
         if size < self.size:
             # What is cut off must not come back when the disk grows again.
-            self.writer.erase(size, min(round_up(size, self.allocation_unit), self.size))
+            self.clearing.erase(size, min(round_up(size, self.allocation_unit), self.size))
         old_size = self.size
         with self.exclusive():
             self.writer.open_gate()
@@ -258,7 +260,7 @@ class Disk(Node):
         """Zeroes over what a longer backing file would show where the disk has grown."""
         for extent in self.extents(start, end - start) if start < end else ():
             if extent.kind is Kind.BELOW:
-                self.writer.write_zeroes(extent.guest_offset, extent.length, _NO_FLAGS)
+                self.clearing.write_zeroes(extent.guest_offset, extent.length, _NO_FLAGS)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
