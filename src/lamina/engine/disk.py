@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
@@ -18,7 +19,6 @@ from lamina.block.extents import Kind
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.engine.cache import UnitCache
-from lamina.engine.clearing import Clearing
 from lamina.engine.locks import Ranges
 from lamina.engine.reader import Reader
 from lamina.engine.writer import Writer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lamina.block.extents import Columns, Extent
     from lamina.block.info import NodeInfo
     from lamina.block.permissions import Perm
+    from lamina.engine.clearing import Clearing
     from lamina.engine.mapping import Mapping
 
 _NO_FLAGS = WriteFlags.NONE
@@ -58,7 +59,6 @@ class Disk(Node):
         self.units = UnitCache()
         self.reader = Reader(self)
         self.writer = Writer(self)
-        self.clearing = Clearing(self, self.writer)
         try:
             self.attach("file", context.open_child("file"))
             self.mapping = load(self)
@@ -99,6 +99,13 @@ class Disk(Node):
     @property
     def size(self) -> int:
         return self.mapping.size
+
+    @cached_property
+    def clearing(self) -> Clearing:
+        # Most disks are only read, or only written to.
+        from lamina.engine.clearing import Clearing
+
+        return Clearing(self, self.writer)
 
     @property
     def allocation_unit(self) -> int:
