@@ -25,7 +25,7 @@ protocols.file.node protocols.file.opening protocols.file.transfer engine engine
 engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata engine.reader
 engine.workers
 engine.writer formats formats.qcow2 formats.qcow2.about formats.qcow2.layout formats.qcow2.opening
-formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings formats.qcow2.snapshots
+formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings
 """
 """Of our own modules, those that ``info`` of a qcow2 image may import."""
 

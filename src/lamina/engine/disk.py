@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lamina.block.extents import Columns, Extent
     from lamina.block.info import NodeInfo
     from lamina.block.permissions import Perm
+    from lamina.engine.clearing import Clearing
     from lamina.engine.mapping import Mapping
 
 _NO_FLAGS = WriteFlags.NONE
@@ -97,6 +99,13 @@ class Disk(Node):
     @property
     def size(self) -> int:
         return self.mapping.size
+
+    @cached_property
+    def clearing(self) -> Clearing:
+        # Most disks are only read, or only written to.
+        from lamina.engine.clearing import Clearing
+
+        return Clearing(self, self.writer)
 
     @property
     def allocation_unit(self) -> int:
@@ -176,12 +185,12 @@ class Disk(Node):
     def write_zeroes(
         self, offset: int, length: int, flags: WriteFlags = WriteFlags.NONE
     ) -> None:
-        self.writer.write_zeroes(offset, length, flags)
+        self.clearing.write_zeroes(offset, length, flags)
         if flags & WriteFlags.FUA:
             self.flush()
 
     def _discard(self, offset: int, length: int) -> None:
-        self.writer.discard(offset, length)
+        self.clearing.discard(offset, length)
 
     def flush(self) -> None:
         """Metadata and data to the children and, unless the user said no_flush, to storage."""
@@ -245,7 +254,7 @@ class Disk(Node):
     ) -> None:
         if size < self.size:
             # What is cut off must not come back when the disk grows again.
-            self.writer.erase(size, min(round_up(size, self.allocation_unit), self.size))
+            self.clearing.erase(size, min(round_up(size, self.allocation_unit), self.size))
         old_size = self.size
         with self.exclusive():
             self.writer.open_gate()
@@ -258,7 +267,7 @@ class Disk(Node):
         """Zeroes over what a longer backing file would show where the disk has grown."""
         for extent in self.extents(start, end - start) if start < end else ():
             if extent.kind is Kind.BELOW:
-                self.writer.write_zeroes(extent.guest_offset, extent.length, _NO_FLAGS)
+                self.clearing.write_zeroes(extent.guest_offset, extent.length, _NO_FLAGS)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

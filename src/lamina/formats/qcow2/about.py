@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lamina.block.extents import Columns, Extent
 from lamina.block.filenames import full_backing_filename
-from lamina.block.info import NodeInfo
+from lamina.block.info import NodeInfo, SnapshotInfo
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
 from lamina.errors import ImageUnsupported
@@ -31,8 +31,6 @@ def describe(
     node: Node, header: Header, snapshots: Sequence[Snapshot], bitmaps: Sequence[BitmapEntry]
 ) -> NodeInfo:
     """``node`` is the image itself."""
-    from lamina.formats.qcow2.snapshots import snapshot_info
-
     name = header.backing_file
     encryption: dict[str, Any] = {}
     if header.crypt_method != CRYPT_NONE:
@@ -50,9 +48,17 @@ def describe(
         backing_filename=name,
         full_backing_filename=full_backing_filename(node, name) if name else None,
         backing_format=header.backing_format,
-        snapshots=[snapshot_info(snapshot) for snapshot in snapshots],
+        snapshots=_snapshot_infos(snapshots),
         specific=_specific(header, bitmaps, encryption),
     )
+
+
+def _snapshot_infos(snapshots: Sequence[Snapshot]) -> list[SnapshotInfo]:
+    if not snapshots:
+        return []
+    from lamina.formats.qcow2.snapshots import snapshot_info
+
+    return [snapshot_info(snapshot) for snapshot in snapshots]
 
 
 def _specific(
