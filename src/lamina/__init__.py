@@ -14,11 +14,11 @@ Everything is imported when it is first used: ``import lamina`` costs next to no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+    from typing import Any
 
     from lamina.bitmaps import Bitmap
     from lamina.block.info import NodeInfo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lamina.block.backend import Backend
 from lamina.block.limits import Preallocation, WriteFlags
@@ -13,6 +12,7 @@ from lamina.block.policy import Policy
 from lamina.block.secrets import Secrets
 from lamina.block.session import Session
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -9,7 +9,8 @@ inherited fields, default factories. Type checkers treat the classes as dataclas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+
+from lamina.hints import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from lamina.block.creation import create_image
 from lamina.block.session import Session
 
 ALLOWED = """
-errors records units tools tools.arguments tools.opening tools.output tools.tool tools.img
+errors hints records units tools tools.arguments tools.opening tools.output tools.tool tools.img
 tools.img.command tools.img.info block block.alignment block.backend block.cache_modes
 block.driver block.extents block.filenames block.info block.keyvalue block.limits block.node
 block.opening block.options block.permissions block.policy block.probing block.registry
@@ -30,10 +30,9 @@ formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings
 """Of our own modules, those that ``info`` of a qcow2 image may import."""
 
 CHEAP = """
-__future__ _bisect _collections _functools _operator _sre _struct _typing _weakrefset bisect
-collections collections.abc contextlib copyreg enum errno fcntl functools gc itertools keyword
-mmap operator os re re._casefix re._compiler re._constants re._parser reprlib stat struct sys
-threading time types typing warnings
+__future__ _bisect _collections _functools _operator _struct _weakrefset bisect collections
+collections.abc contextlib enum errno fcntl functools gc itertools keyword mmap operator os reprlib
+stat struct sys threading time types
 """
 """Of the standard library, those that cost little or that every interpreter has anyway."""
 

@@ -13,7 +13,7 @@ SOURCE = Path(lamina.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "units", "records"},
+    {"errors", "hints", "units", "records"},
     {"codecs", "ciphers", "wire"},
     {"block"},
     {"engine"},

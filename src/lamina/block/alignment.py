@@ -16,12 +16,12 @@ import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
 
 from lamina.block.limits import Limits, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import Refused
+from lamina.hints import Any, Protocol
 from lamina.units import round_down, round_up
 
 Range = tuple[int, int]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from lamina.errors import UsageError
+from lamina.hints import NamedTuple
 
 
 class CacheMode(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+
+from lamina.hints import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, NodeOptions

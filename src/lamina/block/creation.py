@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from lamina.block import filenames, registry
 from lamina.block.backend import Backend
@@ -14,6 +13,7 @@ from lamina.block.opening import open_node
 from lamina.block.options import Spec, Type, convert, parse, specs
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, LaminaError, StorageError, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.driver import Driver

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ImageUnsupported, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

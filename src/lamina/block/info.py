@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from lamina.hints import Any
 from lamina.records import dataclass, field
 
 

@@ -6,9 +6,8 @@ because shells make the other ones hard to type.
 
 from __future__ import annotations
 
-from typing import Any
-
 from lamina.errors import UsageError
+from lamina.hints import Any
 
 MAX_DEPTH = 1024
 

@@ -7,9 +7,9 @@ Commas separate, a doubled comma stands for itself, a word without ``=`` is a sw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lamina.errors import UsageError
+from lamina.hints import Any
 
 
 def split_pairs(

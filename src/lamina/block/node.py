@@ -19,13 +19,13 @@ import errno
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
 
 from lamina.block.extents import Columns, Extent
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.permissions import Perm, spell
 from lamina.errors import Busy, ImageUnsupported, Refused
+from lamina.hints import TYPE_CHECKING, ClassVar
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
 from lamina.block import filenames, registry
 from lamina.block.keyvalue import flatten, subset
@@ -24,6 +23,7 @@ from lamina.block.node import Node, NodeOptions
 from lamina.block.options import Spec, Type, convert, parse
 from lamina.block.policy import Policy, check_format, check_named
 from lamina.errors import ImageUnsupported, LaminaError, StorageError, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace
 
 if TYPE_CHECKING:

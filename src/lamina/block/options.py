@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
 
 from lamina.errors import UsageError
+from lamina.hints import Any, TypeVar
 from lamina.records import dataclass, field, fields
 from lamina.units import _parse_size
 

@@ -6,9 +6,8 @@ looked at only for names that are not known here, because looking is slow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.driver import Driver

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from lamina.block import registry
 from lamina.block.keyvalue import flatten, subset
 from lamina.block.opening import generic_options
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.block.policy import Policy
 from lamina.block.secrets import Secrets
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

@@ -11,10 +11,10 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from lamina.block.options import Spec, Type, convert
 from lamina.errors import StorageError, UsageError
+from lamina.hints import Any
 from lamina.records import dataclass
 
 _FIELDS = {

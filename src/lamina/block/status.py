@@ -8,11 +8,11 @@ the file underneath is known to read as zeroes, though it has its place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np

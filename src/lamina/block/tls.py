@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageUnsupported, StorageError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

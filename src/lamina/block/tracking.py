@@ -9,9 +9,9 @@ somebody who cleaned a granule and read it while the request was under way finds
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.limits import Preallocation, WriteFlags
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.dirty import DirtyBitmap

@@ -7,10 +7,10 @@ that are nested too deep or have too many elements.
 
 from __future__ import annotations
 
-from typing import NoReturn
 from xml.parsers import expat
 
 from lamina.errors import ImageCorrupt
+from lamina.hints import NoReturn
 
 MAX_DEPTH = 64
 MAX_ELEMENTS = 100_000

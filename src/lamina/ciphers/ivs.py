@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.ciphers.blocks import KEY_SIZES, BlockCipher
 from lamina.errors import ImageUnsupported
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,11 +7,11 @@ and the cipher sees one long run of blocks.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
 
 from lamina.ciphers.blocks import BlockCipher
 from lamina.ciphers.ivs import plain64
 from lamina.errors import ImageUnsupported
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

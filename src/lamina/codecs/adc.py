@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.errors import ImageCorrupt
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.codecs import Data

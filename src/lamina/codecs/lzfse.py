@@ -8,11 +8,11 @@ given, and lets the interpreter work meanwhile: so that is what is called.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import lzfse
 
 from lamina.errors import ImageCorrupt
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.codecs import Data

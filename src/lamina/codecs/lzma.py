@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lzma import FORMAT_AUTO, LZMADecompressor, LZMAError
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageCorrupt
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.codecs import Data

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 import zstandard
 
 from lamina.errors import ImageCorrupt
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.codecs import Data

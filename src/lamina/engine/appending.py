@@ -7,9 +7,9 @@ table names lies in the file, whatever part of it was written.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_up
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.engine.coalescing import columns_of_units, extents_of_units
 from lamina.engine.mapping import Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.extents import Extent

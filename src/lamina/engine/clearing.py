@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.engine.batches import ROUND, place
 from lamina.engine.copies import Copies, reads_zero
 from lamina.errors import ImageUnsupported
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_down, round_up
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np

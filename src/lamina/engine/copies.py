@@ -6,10 +6,10 @@ What is known to be zero is not read, and where the new place reads as zeroes it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.engine.reader import ZEROES
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, ReadRequest

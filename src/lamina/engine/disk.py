@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
 from lamina.block.extents import Kind
@@ -23,6 +22,7 @@ from lamina.engine.locks import Ranges
 from lamina.engine.reader import Reader
 from lamina.engine.writer import Writer
 from lamina.errors import ImageUnsupported, LaminaError
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_up
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from lamina.block.extents import Columns, Extent
 from lamina.block.info import NodeInfo
 from lamina.block.limits import Preallocation
 from lamina.errors import ImageUnsupported
+from lamina.hints import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.block.extents import Cipher

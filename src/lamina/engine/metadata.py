@@ -32,10 +32,10 @@ from __future__ import annotations
 import enum
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.engine.locks import Pins
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
 
 from lamina.block.extents import Columns
 from lamina.engine.mapping import Mapping, Reservation
 from lamina.engine.metadata import Metadata
 from lamina.errors import Refused
+from lamina.hints import TYPE_CHECKING, NoReturn
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ buffers; encoded units decoded on several cores; what is not here from the backi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.engine.workers import run_all
 from lamina.errors import ImageCorrupt, LaminaError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.extents import Cipher, Extent

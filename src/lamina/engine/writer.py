@@ -15,12 +15,12 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.engine.batches import ROUND, Payload, chunks, layout, merged, offset_of, place, rounds
 from lamina.engine.copies import Copies
 from lamina.engine.workers import run_all
 from lamina.errors import StorageError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, WriteRequest

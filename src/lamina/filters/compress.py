@@ -7,7 +7,6 @@ their clusters first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.alignment import Aligner
 from lamina.block.driver import Driver, NoOptions
@@ -15,6 +14,7 @@ from lamina.block.filter import FilterNode
 from lamina.block.limits import Limits, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.errors import ImageUnsupported
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ explicit zeroes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.alignment import RangeLocks
 from lamina.block.driver import Driver
@@ -20,6 +19,7 @@ from lamina.block.options import Type, option
 from lamina.block.permissions import Perm
 from lamina.block.zeroes import is_zero
 from lamina.errors import Refused, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 from lamina.units import MIB, round_down, round_up
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import Driver
 from lamina.block.filter import FilterNode
@@ -25,6 +24,7 @@ from lamina.block.node import Node, NodeOptions, WriteRequest
 from lamina.block.options import Type, option
 from lamina.block.permissions import Perm
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 from lamina.units import MIB, SECTOR, round_up
 

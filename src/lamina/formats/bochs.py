@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver
 from lamina.block.extents import Extent, Kind
@@ -18,6 +17,7 @@ from lamina.engine.metadata import Stage
 from lamina.engine.read_only import ReadOnlyMapping
 from lamina.engine.tables import TableCache
 from lamina.errors import ImageCorrupt, ImageUnsupported
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 from lamina.units import SECTOR, round_up
 

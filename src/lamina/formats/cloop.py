@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import struct
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from lamina.block.driver import Driver
 from lamina.block.extents import Extent, Kind
@@ -20,6 +19,7 @@ from lamina.block.info import NodeInfo
 from lamina.engine.blocktable import BlockTable
 from lamina.engine.read_only import ReadOnlyMapping
 from lamina.errors import ImageCorrupt
+from lamina.hints import TYPE_CHECKING, Any, NoReturn
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver, Measurement
 from lamina.block.extents import Columns, Extent
@@ -18,6 +17,7 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.options import Type, option, parse
 from lamina.errors import ImageUnsupported, StorageError, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 from lamina.units import SECTOR, round_up
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from lamina.block.permissions import Perm
 from lamina.block.status import chain
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING
 from lamina.jobs.convert import Conversion, Settings
 from lamina.jobs.sources import Sources
 

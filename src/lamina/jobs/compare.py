@@ -10,11 +10,11 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Kind
 from lamina.block.status import Status
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.sources import Sources, side_by_side
 from lamina.jobs.zeroes import is_zero

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.status import Status
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.rate import RateLimit
 from lamina.jobs.salvage import SalvagedSources

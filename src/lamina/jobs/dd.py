@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.status import Status
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING
 from lamina.jobs.convert import Conversion, Settings
 from lamina.jobs.sources import Sources
 

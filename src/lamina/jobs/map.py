@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Kind
 from lamina.block.status import chain, chain_columns, chain_extents
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

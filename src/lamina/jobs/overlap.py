@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter, thread_time
-from typing import Any, TypeVar
 
 from lamina.engine.workers import threads as cores
 from lamina.engine.workers import working_alone
+from lamina.hints import Any, TypeVar
 
 T = TypeVar("T")
 

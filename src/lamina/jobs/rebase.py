@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.status import chain
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.sources import Sources, side_by_side
 from lamina.units import KIB, round_down, round_up

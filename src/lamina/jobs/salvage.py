@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.status import Status, chain_extents
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING
 from lamina.jobs.sources import Sources
 from lamina.units import SECTOR, round_up
 

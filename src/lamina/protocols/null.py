@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver
 from lamina.block.extents import Extent, Kind
@@ -16,6 +15,7 @@ from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.options import Type, option
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 from lamina.units import GIB
 

@@ -22,7 +22,6 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 
@@ -32,6 +31,7 @@ from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import Node
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, LaminaError, Refused, StorageError, UsageError
+from lamina.hints import Any, ClassVar
 from lamina.units import round_up
 
 SIZE = 1 << 20

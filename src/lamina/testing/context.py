@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lamina.block.node import Node, NodeOptions
 from lamina.block.secrets import Secrets
+from lamina.hints import Any
 from lamina.testing.memory import MemoryFile
 
 

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import NodeOptions, WriteRequest
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.testing.memory import MemoryFile
 
 if TYPE_CHECKING:

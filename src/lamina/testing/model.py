@@ -15,7 +15,6 @@ Requests are drawn so that they meet at the edges of units, where mistakes live.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -30,6 +29,7 @@ from hypothesis.stateful import (
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.node import Node
+from lamina.hints import Any, ClassVar
 
 
 class ImageMaker(ABC):

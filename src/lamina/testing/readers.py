@@ -12,7 +12,6 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -20,6 +19,7 @@ from lamina.block.extents import Extent, Kind
 from lamina.block.node import Node
 from lamina.block.permissions import Perm
 from lamina.errors import Refused
+from lamina.hints import ClassVar
 
 STEP = 64 << 10
 """Bytes that are alike in the content that is read."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import ClassVar
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
@@ -28,6 +27,7 @@ from lamina.engine.mapping import Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
 from lamina.errors import ImageCorrupt, StorageError
+from lamina.hints import ClassVar
 from lamina.testing.context import NodesContext
 from lamina.units import round_up
 

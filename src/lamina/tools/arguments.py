@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
 
 from lamina.errors import UsageError
+from lamina.hints import Any, NamedTuple
 from lamina.units import _parse_size
 
 

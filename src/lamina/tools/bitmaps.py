@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
-
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

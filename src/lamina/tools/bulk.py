@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy.typing as npt

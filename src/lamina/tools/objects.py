@@ -9,9 +9,9 @@ from __future__ import annotations
 import binascii
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.tools.tool import EXIT_OK, Exit
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ The standard library's ``json`` would do, but importing it costs a tenth of what
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+
+from lamina.hints import Any
 
 _ESCAPES = {
     '"': '\\"',

@@ -6,7 +6,8 @@ import signal
 import sys
 import time
 from types import FrameType
-from typing import Any
+
+from lamina.hints import Any
 
 _STEP = 0.01
 """The part of the work after which a new figure is worth a line."""

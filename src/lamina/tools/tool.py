@@ -6,9 +6,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
 
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, NoReturn
 from lamina.tools.arguments import GetoptError, WrongUsage
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Protocol
 
 from lamina.ciphers.luks.create import slot_iterations
 from lamina.ciphers.luks.header import SLOTS, Header, KeySlot
 from lamina.ciphers.luks.volume import CipherSpec, fill_slot, key_of_slot
 from lamina.errors import Refused, UsageError
+from lamina.hints import Protocol
 from lamina.records import dataclass
 from lamina.units import SECTOR, round_up
 

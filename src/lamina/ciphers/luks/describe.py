@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lamina.ciphers.luks.header import Header
 from lamina.ciphers.luks.volume import CipherSpec
+from lamina.hints import Any
 
 
 def describe(header: Header, *, detached: bool) -> dict[str, Any]:

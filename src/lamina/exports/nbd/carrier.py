@@ -8,10 +8,10 @@ import socket
 import struct
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lamina.block.tls import ENDED
 from lamina.errors import StorageError
+from lamina.hints import TYPE_CHECKING
 from lamina.wire.nbd.steps import ProtocolError
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
 
 from lamina.errors import LaminaError
 from lamina.exports.nbd.serving import Transmission
+from lamina.hints import TYPE_CHECKING, Protocol
 from lamina.wire.nbd import steps
 from lamina.wire.nbd.negotiation_server import negotiate
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.status import chain_extents
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_down, round_up
 from lamina.wire.nbd import constants as nbd
 

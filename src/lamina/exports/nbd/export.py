@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.exports.nbd.contexts import AllocationContext, Context
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_down
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.agreement import Description

@@ -7,11 +7,10 @@ zeroes as holes, and plain files straight from the host's cache to the socket.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.extents import Kind
 from lamina.block.status import chain_extents
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.replies import SimpleReplies, StructuredReplies
 

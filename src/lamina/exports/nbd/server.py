@@ -8,13 +8,13 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lamina.block.session import log_warning
 from lamina.block.sockets import prepare
 from lamina.errors import UsageError
 from lamina.exports.nbd.carrier import Carrier
 from lamina.exports.nbd.connection import Connection
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ that each gets its own answer; nothing is acknowledged before it is done.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import WriteFlags
 from lamina.errors import LaminaError, StorageError
 from lamina.exports.nbd.reading import Readings
+from lamina.hints import TYPE_CHECKING
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.agreement import Agreement, Style
 from lamina.wire.nbd.replies import StructuredReplies, replies_of

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.block.driver import Driver
 from lamina.block.options import Type, option
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from lamina.block.keyvalue import flatten, subset
 from lamina.block.options import Spec, Type, convert
 from lamina.errors import StorageError, UsageError
 from lamina.filters.blkdebug.rules import EVENTS, IO_TYPES, InjectError, Rule, SetState
+from lamina.hints import Any
 
 _KEYS: dict[str, dict[str, Type]] = {
     "inject-error": {

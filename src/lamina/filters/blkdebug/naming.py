@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lamina.block import registry
 from lamina.block.filenames import description, is_json, json_filename
 from lamina.block.node import Node
+from lamina.hints import Any
 
 _IN_PLAIN_NAME = ("config", "x-image")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lamina.block.alignment import Aligner, check_resizable
 from lamina.block.extents import Extent, Kind
@@ -13,6 +12,7 @@ from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.filters.blkdebug.naming import name_of
 from lamina.filters.blkdebug.rules import Rules
+from lamina.hints import Any
 
 
 class BlkdebugNode(Node):

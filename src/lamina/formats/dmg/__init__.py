@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 from zlib import crc32
 
 from lamina.block.driver import CheckResult
@@ -18,6 +17,7 @@ from lamina.formats.dmg.layout import (
     BlockTable,
     Checksum,
 )
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

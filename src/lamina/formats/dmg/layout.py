@@ -10,9 +10,9 @@ import sys
 from array import array
 from itertools import compress
 from operator import add, le
-from typing import NamedTuple, NoReturn
 
 from lamina.errors import ImageCorrupt
+from lamina.hints import NamedTuple, NoReturn
 from lamina.records import dataclass, field
 from lamina.units import SECTOR
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
@@ -24,6 +23,7 @@ from lamina.formats.dmg.layout import (
     parse_trailer,
 )
 from lamina.formats.dmg.tables import read_tables
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

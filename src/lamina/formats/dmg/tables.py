@@ -5,10 +5,10 @@ from __future__ import annotations
 import binascii
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageCorrupt, LaminaError
 from lamina.formats.dmg.layout import BlockTable, Trailer, parse_table
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import Driver, Measurement
 from lamina.formats.luks.options import LuksAmendOptions, LuksCreateOptions, LuksOptions
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace
 
 if TYPE_CHECKING:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.ciphers.luks.create import first_key, new_header
 from lamina.ciphers.luks.header import Header
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
@@ -15,6 +14,7 @@ from lamina.ciphers.luks.volume import CipherSpec, unlock
 from lamina.engine.mapping import InPlace, Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix
 from lamina.errors import ImageUnsupported
 from lamina.formats.parallels.options import ParallelsCreateOptions, ParallelsOptions
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

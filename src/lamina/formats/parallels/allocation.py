@@ -6,11 +6,11 @@ import errno
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.engine.mapping import Piece, Reservation
 from lamina.errors import LaminaError, StorageError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

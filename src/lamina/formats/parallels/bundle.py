@@ -6,8 +6,6 @@ pass the opening policy as the names of backing files do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo, SnapshotInfo
 from lamina.engine.blocktable import BlockTable
@@ -16,6 +14,7 @@ from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.parallels.descriptor import MAX_SIZE, Descriptor, Image, parse_descriptor
 from lamina.formats.parallels.layout import SIZE
 from lamina.formats.parallels.mapping import read_header
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

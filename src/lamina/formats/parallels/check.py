@@ -7,10 +7,10 @@ apart by giving the later one a copy of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.formats.parallels.layout import IN_USE
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR
 

@@ -7,10 +7,10 @@ what changed since the snapshot that is their parent. The guest writes to the on
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NoReturn
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.parallels.layout import MAX_SECTORS
+from lamina.hints import TYPE_CHECKING, NoReturn
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

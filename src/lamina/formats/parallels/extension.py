@@ -10,10 +10,10 @@ sector at which a cluster of its bits is kept, or 0 or 1 where all of them are.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.parallels.layout import Header
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 from lamina.units import SECTOR
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.info import NodeInfo
@@ -29,6 +28,7 @@ from lamina.formats.parallels.layout import (
     parse,
 )
 from lamina.formats.parallels.survey import Survey, survey
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR
 

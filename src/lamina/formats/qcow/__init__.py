@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.block.driver import Driver
 from lamina.formats.qcow.options import QcowCreateOptions, QcowOptions
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.filenames import full_backing_filename
@@ -20,6 +19,7 @@ from lamina.engine.tables import TableCache
 from lamina.errors import ImageCorrupt, StorageError, UsageError
 from lamina.formats.qcow import layout
 from lamina.formats.qcow.layout import COMPRESSED, SIZE, Header, parse
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement, find_bitmap
 from lamina.errors import ImageUnsupported
 from lamina.formats.qcow2.options import AmendOptions as Qcow2AmendOptions
 from lamina.formats.qcow2.options import CreateOptions as Qcow2CreateOptions
 from lamina.formats.qcow2.options import Options as Qcow2Options
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

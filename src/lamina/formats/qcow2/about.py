@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from lamina.block.extents import Columns, Extent
 from lamina.block.filenames import full_backing_filename
@@ -19,6 +18,7 @@ from lamina.formats.qcow2.layout import (
     INCOMPAT_DIRTY,
     Header,
 )
+from lamina.hints import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

@@ -16,12 +16,12 @@ import errno
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.engine.metadata import Metadata, Stage
 from lamina.errors import LaminaError, StorageError
 from lamina.formats.qcow2.layout import MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE
 from lamina.formats.qcow2.refcounts import to_big_endian
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.ciphers.luks.amend import Change
 from lamina.ciphers.luks.amend import amend as amend_keys
@@ -26,6 +25,7 @@ from lamina.formats.qcow2.layout import (
     V3_LENGTH,
 )
 from lamina.formats.qcow2.refcount_width import change_width
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 from lamina.units import SECTOR
 

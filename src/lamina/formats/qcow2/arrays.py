@@ -9,12 +9,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, INCOMPAT_DATA_FILE, OFFSET_MASK
+from lamina.hints import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lamina.errors import ImageCorrupt
@@ -20,6 +18,7 @@ from lamina.formats.qcow2.bitmap_layout import (
 from lamina.formats.qcow2.bitmap_storage import read_directory
 from lamina.formats.qcow2.entries import beyond
 from lamina.formats.qcow2.layout import AUTOCLEAR_BITMAPS
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.arrays import Indices

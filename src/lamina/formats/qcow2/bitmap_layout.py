@@ -12,10 +12,10 @@ import errno
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.qcow2.layout import MAX_OFFSET
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 from lamina.units import MIB, round_up
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.bitset import CHUNK_BYTES
 from lamina.errors import ImageCorrupt
@@ -27,6 +26,7 @@ from lamina.formats.qcow2.bitmap_layout import (
 )
 from lamina.formats.qcow2.layout import MAX_OFFSET
 from lamina.formats.qcow2.refcounts import read_table, to_big_endian
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.block.bitset import Bitset

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.dirty import DirtyBitmap, check_new
 from lamina.block.tracking import track, untrack
@@ -45,6 +44,7 @@ from lamina.formats.qcow2.layout import (
     MAX_BITMAPS,
     BitmapsExtension,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass, replace
 from lamina.units import KIB
 

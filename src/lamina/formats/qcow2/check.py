@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -42,6 +41,7 @@ from lamina.formats.qcow2.snapshot_layout import (
     parse_snapshot,
 )
 from lamina.formats.qcow2.stored import CountRun, StoredCounts
+from lamina.hints import TYPE_CHECKING, NamedTuple, NoReturn
 from lamina.units import round_up
 
 if TYPE_CHECKING:

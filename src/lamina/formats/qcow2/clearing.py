@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from lamina.formats.qcow2.subclusters import ALL_ZERO, SUBCLUSTER_BITS, SUBCLUSTERS, bits_of
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.mapping import Qcow2Mapping

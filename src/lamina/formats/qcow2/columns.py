@@ -7,7 +7,6 @@ its place. Wherever an entry breaks a rule, ``resolve`` is asked instead, which 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from lamina.formats.qcow2.arrays import (
 )
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from lamina.formats.qcow2.subclusters import ALL, ALL_ZERO, SUBCLUSTER_BITS, SUBCLUSTERS
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.mapping import Qcow2Mapping

@@ -5,8 +5,6 @@ A flag too many lets a snapshot's data be overwritten, one too few costs a copy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
 import numpy as np
 
 from lamina.formats.qcow2.arrays import (
@@ -21,6 +19,7 @@ from lamina.formats.qcow2.arrays import (
 from lamina.formats.qcow2.entries import Entries
 from lamina.formats.qcow2.layout import COPIED, OFFSET_MASK
 from lamina.formats.qcow2.references import count_uses
+from lamina.hints import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

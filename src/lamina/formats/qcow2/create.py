@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from array import array
-from typing import TYPE_CHECKING
 
 from lamina.block import registry
 from lamina.block.limits import Preallocation
@@ -24,6 +23,7 @@ from lamina.formats.qcow2.layout import (
     Header,
 )
 from lamina.formats.qcow2.options import CreateOptions, Options
+from lamina.hints import TYPE_CHECKING
 from lamina.units import KIB, SECTOR, round_up
 
 if TYPE_CHECKING:

@@ -6,11 +6,10 @@ it means anything, and a relative one begins in the working directory, as it doe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.limits import Preallocation
 from lamina.block.permissions import Perm
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_up
 
 if TYPE_CHECKING:

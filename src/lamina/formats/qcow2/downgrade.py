@@ -12,7 +12,6 @@ as the table does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from lamina.formats.qcow2.layout import (
 from lamina.formats.qcow2.overlap import Structure
 from lamina.formats.qcow2.snapshots import check_l1
 from lamina.formats.qcow2.stored import StoredCounts
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.units import MIB
 
 if TYPE_CHECKING:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.formats.qcow2.allocation import Cause
 from lamina.formats.qcow2.resize import cut_tail, unmap
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.mapping import Qcow2Mapping

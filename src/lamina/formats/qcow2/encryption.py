@@ -6,14 +6,13 @@ number in the file, with AES its number on the guest's disk.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.ciphers.luks.amend import DEFAULT_ITER_TIME
 from lamina.ciphers.luks.create import first_key, new_header
 from lamina.ciphers.luks.header import SIZE, parse
 from lamina.ciphers.luks.header import Header as LuksHeader
 from lamina.errors import ImageCorrupt, UsageError
 from lamina.formats.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NONE, CryptoExtension
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

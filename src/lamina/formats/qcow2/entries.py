@@ -9,7 +9,6 @@ that mean nothing are cleared, and an entry that names no usable place becomes a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from lamina.formats.qcow2.layout import (
     ZERO_FLAG,
     compressed_extent,
 )
+from lamina.hints import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.layout import Header

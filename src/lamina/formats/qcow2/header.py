@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.errors import StorageError
@@ -16,6 +15,7 @@ from lamina.formats.qcow2.layout import (
     MAX_BACKING_NAME,
     Header,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
@@ -19,6 +18,7 @@ from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import COPIED, MAX_L1, OFFSET_MASK
 from lamina.formats.qcow2.overlap import Structure
 from lamina.formats.qcow2.refcounts import from_big_endian, read_table, to_big_endian
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

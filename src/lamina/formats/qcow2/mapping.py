@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
@@ -33,6 +32,7 @@ from lamina.formats.qcow2.reading import Reading, Standard
 from lamina.formats.qcow2.refcounts import Refcounts, read_table
 from lamina.formats.qcow2.settings import Settings
 from lamina.formats.qcow2.space import DataFileSpace, ImageSpace, Space
+from lamina.hints import TYPE_CHECKING
 from lamina.units import MIB, SECTOR
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import Measurement
 from lamina.block.limits import Preallocation
@@ -14,6 +13,7 @@ from lamina.formats.qcow2.layout import (
     MAX_L1,
     MIN_CLUSTER_BITS,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.units import KIB, SECTOR, round_up
 
 if TYPE_CHECKING:

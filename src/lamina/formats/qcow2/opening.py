@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
@@ -15,6 +14,7 @@ from lamina.formats.qcow2.layout import (
     MAX_CLUSTER_BITS,
     Header,
 )
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext

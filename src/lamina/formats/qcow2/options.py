@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lamina.block.options import Type, option
+from lamina.hints import Any
 from lamina.records import dataclass
 from lamina.units import KIB, MIB
 

@@ -7,11 +7,11 @@ option; the clusters that they occupy are collected on the first write and kept 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from lamina.errors import LaminaError, UsageError
 from lamina.formats.qcow2.layout import OFFSET_MASK, REFTABLE_OFFSET_MASK
 from lamina.formats.qcow2.options import OVERLAP_ITEMS, OVERLAP_MODES, Options
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from array import array

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError
 from lamina.formats.qcow2.writing import entry_run
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_up
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import struct
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Kind
 from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.block.node import WriteRequest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lamina.block.options import convert, specs
 from lamina.errors import UsageError
@@ -11,6 +10,7 @@ from lamina.formats.qcow2.header import close_cleanly, is_lazy
 from lamina.formats.qcow2.mapping import Qcow2Mapping
 from lamina.formats.qcow2.options import Options
 from lamina.formats.qcow2.settings import Settings
+from lamina.hints import Any
 from lamina.records import replace
 
 _FIXED = frozenset({"encrypt.format", "encrypt.key-secret", "l2-cache-entry-size"})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from lamina.formats.qcow2.preallocation import end_of_file
 from lamina.formats.qcow2.refblock import Width
 from lamina.formats.qcow2.repair import REFCOUNT_TABLE_FIELDS, write_structure
 from lamina.formats.qcow2.stored import StoredCounts
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import sys
 from array import array
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
@@ -18,6 +17,7 @@ from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import REFTABLE_OFFSET_MASK
 from lamina.formats.qcow2.overlap import Structure
 from lamina.formats.qcow2.refblock import Width
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

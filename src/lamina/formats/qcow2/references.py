@@ -8,7 +8,6 @@ may lie anywhere, overlap, and repeat each other.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from lamina.formats.qcow2.layout import (
     Header,
 )
 from lamina.formats.qcow2.snapshot_layout import Snapshot
+from lamina.hints import TYPE_CHECKING, Any, Protocol
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lamina.errors import StorageError
 from lamina.formats.qcow2.arrays import Counts, Words, pack_counts
 from lamina.formats.qcow2.layout import MAX_REFCOUNT_TABLE
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

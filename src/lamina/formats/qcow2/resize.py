@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from array import array
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.engine.metadata import Stage
@@ -18,6 +17,7 @@ from lamina.formats.qcow2.preallocation import (
     extend_file,
     preallocate,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from lamina.block.info import SnapshotInfo
 from lamina.errors import ImageCorrupt
@@ -14,6 +13,7 @@ from lamina.formats.qcow2.snapshot_layout import (
     Snapshot,
     parse_snapshot,
 )
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

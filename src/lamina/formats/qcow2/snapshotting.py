@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.errors import ImageUnsupported, LaminaError, StorageError
@@ -32,6 +31,7 @@ from lamina.formats.qcow2.snapshot_layout import (
 )
 from lamina.formats.qcow2.snapshots import check_l1
 from lamina.formats.qcow2.trees import Tree, clear_copied, set_copied
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 
 if TYPE_CHECKING:

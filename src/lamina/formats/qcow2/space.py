@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.errors import LaminaError
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, compressed_extent
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

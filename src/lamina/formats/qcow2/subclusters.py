@@ -11,11 +11,11 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from lamina.formats.qcow2.reading import Reading, Run
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import WriteRequest

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from lamina.formats.qcow2.layout import REFTABLE_OFFSET_MASK
 from lamina.formats.qcow2.refblock import Width
 from lamina.formats.qcow2.references import WINDOW, Census, Walk
 from lamina.formats.qcow2.stored import CountRun, StoredCounts
+from lamina.hints import TYPE_CHECKING
 from lamina.units import round_up
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.engine.mapping import InPlace, Piece, Reservation
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.corruption import c_hex
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, ZERO_FLAG, compressed_entry
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.formats.qcow2.encryption import Encryption

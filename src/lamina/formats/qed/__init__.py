@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.qed.options import QedCreateOptions
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

@@ -6,13 +6,13 @@ What nobody names is a leak. QED cannot use such space again; where it ends the 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.qed.layout import ZERO_CLUSTER
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable

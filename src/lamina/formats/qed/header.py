@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError
 from lamina.formats.qed import layout
 from lamina.formats.qed.create import backing_name
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 

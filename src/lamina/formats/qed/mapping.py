@@ -9,7 +9,6 @@ set all the same while clusters are being allocated, for whoever opens the image
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.filenames import full_backing_filename
@@ -30,6 +29,7 @@ from lamina.formats.qed.layout import (
     Header,
 )
 from lamina.formats.qed.tables import Tables
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.driver import Measurement
 from lamina.block.occupancy import data_units
 from lamina.formats.qed.create import new_header
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 
 if TYPE_CHECKING:

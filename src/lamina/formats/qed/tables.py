@@ -9,11 +9,11 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
 from lamina.errors import ImageCorrupt
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.node import Node

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.vdi.options import VdiCreateOptions
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

@@ -5,14 +5,13 @@ QEMU checks the same and repairs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.engine.appending import copy_within
 from lamina.formats.vdi.compact import compact
 from lamina.formats.vdi.layout import BLOCK, FREE
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,13 +6,12 @@ place is used for something else only when the entry is durable and nobody reads
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lamina.engine.appending import copy_within
 from lamina.engine.metadata import Stage
 from lamina.formats.vdi.layout import BLOCK
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy.typing as npt

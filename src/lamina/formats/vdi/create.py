@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import Measurement
 from lamina.formats.vdi import layout
 from lamina.formats.vdi.layout import BLOCK, Header
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ crash there may be a block that nobody names, never an entry that names nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.extents import Kind
 from lamina.block.info import NodeInfo
@@ -19,6 +18,7 @@ from lamina.engine.mapping import Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.errors import ImageCorrupt
 from lamina.formats.vdi.layout import ALLOCATED_OFFSET, BLOCK, FREE, STATIC, ZERO, Header
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace
 
 if TYPE_CHECKING:

@@ -6,12 +6,11 @@ options of ``backing``; what it names is checked against the UUID.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.vdi import layout
 from lamina.formats.vdi.mapping import VdiMapping
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.limits import Preallocation
 from lamina.engine.appending import copy_within
 from lamina.engine.metadata import Stage
@@ -11,6 +9,7 @@ from lamina.errors import ImageUnsupported, UsageError
 from lamina.formats.vdi import layout
 from lamina.formats.vdi.compact import compact, settle, used
 from lamina.formats.vdi.layout import BLOCK, FREE, Header
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.vhdx.options import VhdxCreateOptions
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

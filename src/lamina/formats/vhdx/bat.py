@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.engine.tables import TableCache
+from lamina.hints import TYPE_CHECKING
 from lamina.units import KIB, MIB
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ block count only while its entry says "partially present"; they may be stale bef
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.engine.tables import TableCache
 from lamina.formats.vhdx.layout import BITMAP_PRESENT, OFFSET, STATE
 from lamina.formats.vhdx.metadata import BITMAP_BYTES
+from lamina.hints import TYPE_CHECKING
 from lamina.units import KIB, MIB
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ an image fills them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.errors import ImageCorrupt
@@ -25,6 +24,7 @@ from lamina.formats.vhdx.layout import (
 )
 from lamina.formats.vhdx.metadata import MAX_SIZE
 from lamina.formats.vhdx.parent import check_linkage
+from lamina.hints import TYPE_CHECKING
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:

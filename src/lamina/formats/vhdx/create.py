@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lamina.errors import UsageError
 from lamina.formats.vhdx import locator
@@ -39,6 +38,7 @@ from lamina.formats.vhdx.metadata import (
     Parameters,
     pack_items,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 from lamina.units import GIB, MIB, TIB, round_up
 

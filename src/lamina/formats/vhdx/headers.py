@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.errors import ImageCorrupt
 from lamina.formats.vhdx.layout import (
     HEADER_BYTES,
@@ -12,6 +10,7 @@ from lamina.formats.vhdx.layout import (
     current_header,
     parse_header,
 )
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace
 
 if TYPE_CHECKING:

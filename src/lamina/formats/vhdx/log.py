@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.engine.metadata import DirtyWrite
 from lamina.errors import ImageCorrupt
 from lamina.formats.vhdx.layout import checksum_fits, with_checksum
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.units import MIB, round_down, round_up
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
@@ -32,6 +31,7 @@ from lamina.formats.vhdx.layout import (
     new_guid,
 )
 from lamina.formats.vhdx.space import Space
+from lamina.hints import TYPE_CHECKING
 from lamina.units import MIB
 
 if TYPE_CHECKING:

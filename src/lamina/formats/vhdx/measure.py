@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.driver import Measurement
 from lamina.block.extents import Kind
 from lamina.formats.vhdx.create import plan
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import MIB
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, LaminaError
 from lamina.formats.vhdx import locator
@@ -34,6 +32,7 @@ from lamina.formats.vhdx.metadata import (
     parse_items,
     parse_parameters,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING
 
 from lamina.block.filenames import full_backing_filename
 from lamina.block.node import NodeOptions
@@ -16,6 +15,7 @@ from lamina.formats.vhdx.clearing import clear
 from lamina.formats.vhdx.headers import Headers
 from lamina.formats.vhdx.layout import FILE_SIGNATURE, NOT_PRESENT, guid_text
 from lamina.formats.vhdx.metadata import METADATA_TABLE_BYTES, PARENT_LOCATOR
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import round_up
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.block.extents import Extent, Kind
 from lamina.block.limits import WriteFlags
@@ -21,6 +20,7 @@ from lamina.formats.vhdx.log import (
     parse_entry_header,
 )
 from lamina.formats.vhdx.metadata import MAX_SIZE
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.records import replace
 from lamina.units import MIB, round_up
 

@@ -6,7 +6,6 @@ The size is written when everything that it makes visible is durable, or before 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
 from lamina.block.limits import Preallocation, WriteFlags
@@ -20,6 +19,7 @@ from lamina.formats.vhdx.layout import (
     pack_regions,
 )
 from lamina.formats.vhdx.metadata import MAX_SIZE, VIRTUAL_DISK_SIZE
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import MIB, round_up
 

@@ -8,12 +8,12 @@ by earlier users, space leaked in a crash, or what a fixed image of QEMU keeps f
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.errors import ImageUnsupported, LaminaError
 from lamina.formats.vhdx.layout import BITMAP_PRESENT, HEADER_SECTION, NOT_PRESENT, STATE, ZERO
 from lamina.formats.vhdx.metadata import MAX_SIZE
+from lamina.hints import TYPE_CHECKING
 from lamina.units import MIB, round_up
 
 if TYPE_CHECKING:

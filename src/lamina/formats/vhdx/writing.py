@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.engine.mapping import Piece, Reservation
 from lamina.formats.vhdx.layout import (
@@ -14,6 +13,7 @@ from lamina.formats.vhdx.layout import (
     RESERVED,
     STATE,
 )
+from lamina.hints import TYPE_CHECKING
 from lamina.units import MIB, round_down, round_up
 
 if TYPE_CHECKING:

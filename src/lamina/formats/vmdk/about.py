@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.block.filenames import full_backing_filename
 from lamina.block.info import NodeInfo
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.formats.vmdk.extents import VmdkExtent

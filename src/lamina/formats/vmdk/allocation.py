@@ -6,11 +6,11 @@ import errno
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from lamina.engine.mapping import Piece, Reservation
 from lamina.errors import StorageError
 from lamina.formats.vmdk.layout import MAX_SECTOR
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

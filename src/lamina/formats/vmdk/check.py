@@ -6,7 +6,6 @@ Tables are looked at as arrays. What is found is reported in QEMU's words where 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from lamina.formats.vmdk.extents import GrainExtent
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN_MARKER_SIZE, UNCLEAN_FIELD, parse_marker
 from lamina.formats.vmdk.repair import renew_copy, replace_table
 from lamina.formats.vmdk.sparse import SparseExtent
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lamina.block.extents import Columns, Kind
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

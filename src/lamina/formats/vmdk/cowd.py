@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.vmdk.layout import MAX_GRAIN
 from lamina.formats.vmdk.tables import TablesExtent, read_words
+from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 from lamina.units import SECTOR
 

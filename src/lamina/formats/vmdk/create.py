@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import sys
 from array import array
-from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError, UsageError
 from lamina.formats.vmdk import descriptor as descriptors
@@ -27,6 +26,7 @@ from lamina.formats.vmdk.layout import (
 )
 from lamina.formats.vmdk.options import ADAPTERS, SUBFORMATS
 from lamina.formats.vmdk.stream import trailer
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import GIB, SECTOR, round_up
 

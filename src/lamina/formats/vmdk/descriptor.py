@@ -10,9 +10,9 @@ import errno
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lamina.errors import ImageCorrupt, ImageUnsupported, StorageError
+from lamina.hints import NamedTuple
 from lamina.records import dataclass
 from lamina.units import SECTOR
 

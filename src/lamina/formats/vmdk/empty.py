@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.errors import ImageUnsupported
 from lamina.formats.vmdk.sparse import SparseExtent
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.formats.vmdk.mapping import VmdkMapping

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import NamedTuple
 
 from lamina.errors import ImageCorrupt, ImageUnsupported, StorageError
+from lamina.hints import NamedTuple
 from lamina.records import dataclass
 from lamina.units import SECTOR
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
@@ -25,6 +24,7 @@ from lamina.formats.vmdk.opening import (
 )
 from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.formats.vmdk.stream import StreamExtent
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext

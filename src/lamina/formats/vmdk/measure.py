@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.driver import Measurement
 from lamina.block.occupancy import data_units
 from lamina.formats.vmdk.create import (
@@ -15,6 +13,7 @@ from lamina.formats.vmdk.create import (
     stream_header,
 )
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN, TABLE_ENTRIES
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageCorrupt, LaminaError, Refused
 from lamina.formats.vmdk import descriptor as descriptors
@@ -21,6 +20,7 @@ from lamina.formats.vmdk.descriptor import (
 )
 from lamina.formats.vmdk.extents import FlatExtent, NoAccessExtent, VmdkExtent, ZeroExtent
 from lamina.formats.vmdk.layout import LINE_ENDINGS_VALID, MARKERS, TRAILER_SIZE, SparseHeader
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 

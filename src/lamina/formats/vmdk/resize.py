@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.engine.metadata import Stage
@@ -25,6 +24,7 @@ from lamina.formats.vmdk.layout import (
 from lamina.formats.vmdk.opening import extent_of_line
 from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.formats.vmdk.stream import StreamExtent, spare_directory
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_down, round_up
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.vmdk.extents import ZERO_GRAIN
 from lamina.formats.vmdk.tables import TablesExtent, read_words
+from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.records import dataclass
 from lamina.units import SECTOR
 

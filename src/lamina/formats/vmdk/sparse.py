@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from lamina.engine.mapping import Piece
 from lamina.engine.metadata import Metadata, Stage
@@ -24,6 +23,7 @@ from lamina.formats.vmdk import layout
 from lamina.formats.vmdk.allocation import Space, VmdkReservation
 from lamina.formats.vmdk.extents import ZERO_GRAIN, Entries, GrainExtent
 from lamina.formats.vmdk.layout import ENTRY_SIZE, SparseHeader
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_down, round_up
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lamina.errors import Refused
 from lamina.formats.vmdk.extents import Entries, GrainExtent
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.vpc.options import VpcCreateOptions, VpcOptions
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.context import CreateContext, OpenContext

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lamina.engine.metadata import Stage
 from lamina.engine.tables import TableCache
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.engine.metadata import Metadata

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.engine.appending import copy_within
 from lamina.formats.vpc.layout import FOOTER_SIZE, FREE, HEADER_SIZE, has_checksum
 from lamina.formats.vpc.mapping import DynamicMapping, VpcMapping
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
 from lamina.errors import UsageError
 from lamina.formats.vpc import layout
 from lamina.formats.vpc.geometry import EXACT, LARGEST, rounded_up
 from lamina.formats.vpc.layout import EPOCH, FOOTER_SIZE, FREE, HEADER_SIZE, Footer, Header
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.errors import ImageUnsupported
 from lamina.formats.vpc.create import write_free
 from lamina.formats.vpc.layout import FOOTER_SIZE
 from lamina.formats.vpc.mapping import DynamicMapping
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.formats.vpc.mapping import VpcMapping

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.engine.metadata import DirtyWrite, Stage
 from lamina.errors import ImageCorrupt
 from lamina.formats.vpc.layout import (
@@ -15,6 +13,7 @@ from lamina.formats.vpc.layout import (
     Footer,
     parse_footer,
 )
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable

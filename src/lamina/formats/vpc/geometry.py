@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ beginning of the file is as good.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.filenames import full_backing_filename
@@ -27,6 +26,7 @@ from lamina.errors import ImageCorrupt
 from lamina.formats.vpc.bitmaps import Bitmaps
 from lamina.formats.vpc.footer import TrailingFooter
 from lamina.formats.vpc.layout import DIFFERENCING, FOOTER_SIZE, FREE, HEADER_SIZE, Footer, Header
+from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:

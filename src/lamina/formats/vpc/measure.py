@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.block.driver import Measurement
 from lamina.block.occupancy import data_units
 from lamina.formats.vpc.create import file_size, new_footer, new_header
 from lamina.formats.vpc.layout import FOOTER_SIZE, check_size
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, ImageUnsupported, UsageError
 from lamina.formats.vpc import layout
@@ -11,6 +9,7 @@ from lamina.formats.vpc.footer import find_footer
 from lamina.formats.vpc.geometry import disk_size
 from lamina.formats.vpc.layout import FOOTER_SIZE, Footer, Header
 from lamina.formats.vpc.mapping import DynamicMapping, FixedMapping, VpcMapping
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext

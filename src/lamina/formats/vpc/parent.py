@@ -10,13 +10,13 @@ from __future__ import annotations
 import ntpath
 import os
 import sys
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from lamina.block.filenames import combine, local_file, protocol_prefix
 from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt, UsageError
 from lamina.formats.vpc.layout import EPOCH, Header, Locator
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.errors import ImageUnsupported, UsageError
@@ -12,6 +11,7 @@ from lamina.formats.vpc.create import write_free
 from lamina.formats.vpc.geometry import BY_GEOMETRY, EXACT, LARGEST, geometry
 from lamina.formats.vpc.layout import FOOTER_SIZE, FREE, Footer
 from lamina.formats.vpc.mapping import DynamicMapping, FixedMapping, VpcMapping
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 

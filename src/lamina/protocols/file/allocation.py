@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from lamina.block.limits import Preallocation
 from lamina.errors import StorageError, UsageError
+from lamina.hints import Any
 
 # Of linux/falloc.h.
 KEEP_SIZE = 0x01

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from lamina.hints import Any
 
 Run = tuple[int, list[Any], int]
 """Offset, buffers, bytes."""

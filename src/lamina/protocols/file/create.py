@@ -7,12 +7,12 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.block.permissions import Perm
 from lamina.block.session import log_warning
 from lamina.errors import StorageError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.protocols.file import allocation, locks
 
 if TYPE_CHECKING:

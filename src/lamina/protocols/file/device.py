@@ -8,12 +8,12 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.limits import Preallocation, WriteFlags
 from lamina.block.node import NodeOptions, ReadRequest, WriteRequest
 from lamina.errors import StorageError, UsageError
+from lamina.hints import TYPE_CHECKING, ClassVar
 from lamina.protocols.file import allocation, locks
 from lamina.protocols.file.direct import DirectFileNode, sector_size
 from lamina.protocols.file.node import FileNode

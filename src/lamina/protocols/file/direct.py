@@ -6,13 +6,13 @@ import ctypes
 import errno
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from lamina.block.alignment import Aligner, aligned_buffer, check_resizable
 from lamina.block.limits import Limits, WriteFlags
 from lamina.block.node import NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import StorageError
+from lamina.hints import Any
 from lamina.protocols.file.node import FileNode
 from lamina.protocols.file.transfer import preadv, pwritev, rest, runs
 from lamina.units import round_up

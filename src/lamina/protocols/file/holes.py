@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from lamina.errors import StorageError
+from lamina.hints import NamedTuple
 
 _INFINITY = 1 << 63
 """The hole at the end of a file has no end."""

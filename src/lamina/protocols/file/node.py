@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
@@ -16,6 +15,7 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, StorageError
+from lamina.hints import TYPE_CHECKING, ClassVar, TypeVar
 from lamina.protocols.file.cold import ColdReads
 from lamina.protocols.file.holes import HoleMap
 from lamina.protocols.file.locks import FileLocks

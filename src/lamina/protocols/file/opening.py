@@ -7,9 +7,9 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lamina.errors import StorageError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.protocols.file import locks
 from lamina.protocols.file.node import FileNode
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+
+from lamina.hints import Any
 
 _LARGEST = 1 << 30
 """Bytes: the C library's counts are ints."""

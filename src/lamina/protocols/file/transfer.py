@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+
+from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.block.node import ReadRequest, WriteRequest

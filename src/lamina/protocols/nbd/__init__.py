@@ -7,11 +7,10 @@ requests wait up to ``reconnect-delay`` seconds for the server to come back.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.block.driver import Driver
 from lamina.block.options import Type, option
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 
 if TYPE_CHECKING:

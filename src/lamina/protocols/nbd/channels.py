@@ -12,9 +12,9 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lamina.errors import ImageUnsupported, StorageError
+from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import ssl

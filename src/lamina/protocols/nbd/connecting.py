@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from typing import TYPE_CHECKING
 
 from lamina.block.sockets import SocketAddress, connect
 from lamina.errors import LaminaError, StorageError
+from lamina.hints import TYPE_CHECKING
 from lamina.protocols.nbd.channels import PlainChannel, TlsChannel, ended
 from lamina.protocols.nbd.link import Link
 from lamina.wire.nbd import steps

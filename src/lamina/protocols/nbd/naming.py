@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from lamina.errors import UsageError
+from lamina.hints import Any
 from lamina.wire.nbd.constants import PORT
 
 _NO_URL = "No valid URL specified"

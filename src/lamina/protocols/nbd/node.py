@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
 
 from lamina.block.alignment import Aligner, fragments
 from lamina.block.extents import Extent, Kind
@@ -12,6 +11,7 @@ from lamina.block.info import NodeInfo
 from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.errors import ImageUnsupported, Refused, StorageError
+from lamina.hints import TYPE_CHECKING, ClassVar
 from lamina.protocols.nbd.naming import uri
 from lamina.units import SECTOR, round_down, round_up
 from lamina.wire.nbd import constants as nbd

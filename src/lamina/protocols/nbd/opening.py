@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.sockets import SocketAddress, parse_address
 from lamina.block.tls import TlsCredentials
 from lamina.errors import Refused, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.protocols.nbd.connecting import Connector
 from lamina.protocols.nbd.connections import Connections
 from lamina.protocols.nbd.node import NbdNode

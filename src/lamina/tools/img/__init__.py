@@ -5,8 +5,7 @@ A module per subcommand, imported when it is called: ``run(arguments, tool)`` gi
 
 from __future__ import annotations
 
-from typing import NoReturn
-
+from lamina.hints import NoReturn
 from lamina.tools.arguments import HELP, Option, WrongUsage, parse
 from lamina.tools.tool import EXIT_OK, Tool, run_and_leave
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ImageUnsupported, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.tools.arguments import (
     FORMAT,
     HELP,

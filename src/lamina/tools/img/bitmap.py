@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.arguments import FORMAT, HELP, IMAGE_OPTS, OBJECT, Option, number
 from lamina.tools.bitmaps import fail_to_close, store_bitmaps
 from lamina.tools.img.command import Command

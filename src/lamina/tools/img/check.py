@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.errors import ImageUnsupported, LaminaError
+from lamina.hints import Any
 from lamina.records import replace
 from lamina.tools.arguments import (
     FORCE_SHARE,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from lamina.block.permissions import Perm
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.arguments import (
     FORCE_SHARE,
     HELP,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.tools.arguments import (
     FORCE_SHARE,
     FORMAT,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.jobs.map import Fate, map_rows
 from lamina.tools.arguments import (
     FORCE_SHARE,

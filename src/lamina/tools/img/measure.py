@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.tools.arguments import (
     FORCE_SHARE,
     FORMAT,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.arguments import (
     FORCE_SHARE,
     FORMAT,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.units import size_to_str
 
 if TYPE_CHECKING:

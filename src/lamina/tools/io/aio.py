@@ -10,8 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.arguments import Parsed, parse
 from lamina.tools.io.commands import CommandFailed, WrongArguments
 from lamina.tools.io.numbers import number, total_length

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ImageUnsupported, LaminaError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.tools.io.commands import CommandFailed
 
 if TYPE_CHECKING:

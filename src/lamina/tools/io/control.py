@@ -6,10 +6,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.limits import Preallocation
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.arguments import Option, parse
 from lamina.tools.io.commands import CommandFailed, WrongArguments
 from lamina.tools.io.numbers import c_integer, number

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.backend import Backend
 from lamina.block.cache_modes import cache_mode
 from lamina.block.keyvalue import parse_keyvalue
 from lamina.errors import LaminaError, UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 from lamina.tools.arguments import Option, parse
 from lamina.tools.io.commands import WrongArguments

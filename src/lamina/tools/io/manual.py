@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.io.commands import COMMANDS, CommandFailed, find
 
 if TYPE_CHECKING:

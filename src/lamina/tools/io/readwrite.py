@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.arguments import Option, Parsed, parse
 from lamina.tools.io.commands import CommandFailed, WrongArguments
 from lamina.tools.io.numbers import (

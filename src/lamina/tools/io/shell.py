@@ -6,9 +6,9 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TextIO
 
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, TextIO
 from lamina.tools.arguments import GetoptError
 from lamina.tools.io import commands
 from lamina.tools.io.commands import CommandFailed, WrongArguments

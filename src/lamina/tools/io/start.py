@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.tools.arguments import GetoptError, Option, Parsed, parse
 from lamina.tools.io.shell import Shell

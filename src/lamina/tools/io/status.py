@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lamina.block.extents import Kind
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.io.numbers import number
 from lamina.tools.io.report import amount
 from lamina.tools.output import tree_lines

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TextIO
 
+from lamina.hints import TextIO
 from lamina.tools.io.commands import COMMANDS
 from lamina.tools.io.shell import PROMPT
 

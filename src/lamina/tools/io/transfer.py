@@ -6,10 +6,10 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from lamina.block.limits import WriteFlags
 from lamina.errors import LaminaError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.tools.arguments import Option, Parsed
 from lamina.tools.io.commands import CommandFailed
 from lamina.tools.io.numbers import pattern_byte

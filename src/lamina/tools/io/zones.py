@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.io.commands import CommandFailed
 from lamina.tools.io.numbers import number
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.errors import UsageError
+from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import dataclass
 from lamina.tools.arguments import GetoptError, Option, Parsed, parse
 from lamina.tools.tool import EXIT_FAILURE, EXIT_OK

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.nbd.serving import credentials, server_address
 from lamina.tools.tool import EXIT_OK
 from lamina.wire.nbd import constants as nbd

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from lamina.block.sockets import SocketAddress, listen
 from lamina.block.tls import Authorization, TlsCredentials
 from lamina.errors import LaminaError, StorageError, UsageError
 from lamina.exports.nbd import Export, Limits, Server
 from lamina.exports.nbd.contexts import BitmapContext, Context, DepthContext, find_bitmap
+from lamina.hints import TYPE_CHECKING
 from lamina.tools.nbd.daemon import Daemon
 from lamina.tools.opening import load_snapshot, open_image
 from lamina.tools.tool import EXIT_OK

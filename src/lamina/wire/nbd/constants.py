@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from typing import Final
+
+from lamina.hints import Final
 
 PORT: Final = 10809
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from lamina.hints import NamedTuple
 from lamina.records import dataclass
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.steps import ProtocolError

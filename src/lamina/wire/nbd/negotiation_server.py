@@ -7,8 +7,8 @@ this side keep more than a few kilobytes, nor go on for ever.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
+from lamina.hints import Protocol
 from lamina.records import replace
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd import messages

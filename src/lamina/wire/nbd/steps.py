@@ -8,9 +8,9 @@ never asks for more bytes than the limits of the protocol allow, whatever the pe
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from lamina.errors import StorageError
+from lamina.hints import NamedTuple, Protocol, TypeAlias, TypeVar
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ the requests that hold them, are good until the reader is next asked for buffers
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
+from lamina.hints import NamedTuple
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.steps import ProtocolError
 
