@@ -467,6 +467,9 @@ class Walk:
         regions.add(first, first + header.refcount_table_clusters)
         for place in self._block_places():
             regions.add(place >> bits, (place >> bits) + 1)
+        if self.snapshots:
+            end = header.snapshots_offset + snapshot_table_length(self.snapshots)
+            regions.add(header.snapshots_offset >> bits, (end - 1 >> bits) + 1)
         clusters = np.arange(offset >> bits, ((offset + length - 1) >> bits) + 1)
         if not regions.contain(clusters).any():
             return True
