@@ -37,15 +37,18 @@ class Lookup(Protocol):
 
 
 def check_copied(
-    file: Node, header: Header, counts: Lookup, findings: Findings, *, fixes: bool
+    file: Node, header: Header, counts: Lookup, findings: Findings | None, *, fixes: bool
 ) -> bool:
-    """Compare all flags, and set them right with ``fixes``. Whether anything was written."""
+    """Compare all flags, and set them right with ``fixes``. Whether anything was written.
+
+    ``findings`` hears of each that is wrong; None where they are known to be.
+    """
     return _CopiedCheck(file, header, counts, findings, fixes).run()
 
 
 class _CopiedCheck:
     def __init__(
-        self, file: Node, header: Header, counts: Lookup, findings: Findings, fixes: bool
+        self, file: Node, header: Header, counts: Lookup, findings: Findings | None, fixes: bool
     ) -> None:
         self.file = file
         self.header = header
@@ -69,6 +72,8 @@ class _CopiedCheck:
         for index, entry, count in zip(
             present[wrong].tolist(), entries[wrong].tolist(), counts[wrong].tolist(), strict=True
         ):
+            if self.findings is None:
+                break
             self._l1_findings[index] = (
                 f" OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"
             )
@@ -88,6 +93,8 @@ class _CopiedCheck:
 
     def _report_l1(self, end: int) -> None:
         """What was found about entries before ``end``."""
+        if self.findings is None:
+            return
         for index in [index for index in self._l1_findings if index < end]:
             self.findings.corruption(self._l1_findings.pop(index), mended=self.fixes)
 
@@ -108,14 +115,15 @@ class _CopiedCheck:
         if not wrong.any():
             return
         table = positions[wrong] // self.header.l2_entries
-        for row, word, count in zip(
-            table.tolist(), words[wrong].tolist(), counts[wrong].tolist(), strict=True
-        ):
-            self._report_l1(int(l1_indices[row]) + 1)
-            self.findings.corruption(
-                f" OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}",
-                mended=self.fixes,
-            )
+        if self.findings is not None:
+            for row, word, count in zip(
+                table.tolist(), words[wrong].tolist(), counts[wrong].tolist(), strict=True
+            ):
+                self._report_l1(int(l1_indices[row]) + 1)
+                self.findings.corruption(
+                    f" OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}",
+                    mended=self.fixes,
+                )
         if self.fixes:
             # A view of the run, of every other word where entries are two words long.
             entries.words[positions[wrong]] ^= _COPIED

@@ -162,14 +162,6 @@ class _Shared:
         return np.full(len(clusters), 2, dtype=np.uint16), None
 
 
-class _Silent:
-    mends = True
-
-    def corruption(self, message: str, *, mended: bool = False) -> None: ...
-
-    structure_corruption = corruption
-
-
 def clear_copied(file: Node, header: Header) -> None:
     """No entry of the active tables claims that its cluster belongs to it alone. Durable."""
     _set_copied(file, header, _Shared())
@@ -189,4 +181,4 @@ def set_copied(file: Node, header: Header) -> None:
 
 
 def _set_copied(file: Node, header: Header, counts: Lookup) -> None:
-    check_copied(file, header, counts, _Silent(), fixes=True)
+    check_copied(file, header, counts, None, fixes=True)
