@@ -112,6 +112,8 @@ def rows(bench: Workbench) -> Iterator[Callable[[], Row]]:
         yield lambda name=name, goal=goal: _conversion(bench, name, goal)
     for name, goal in TABLES:
         yield lambda name=name, goal=goal: _tables(bench, name, goal)
+    for name, goal in ENCRYPTED:
+        yield lambda name=name, goal=goal: _encrypted(bench, name, goal)
     for name, goal in REQUESTS:
         yield lambda name=name, goal=goal: _requests(bench, name, goal)
     for name, goal in NETWORK:
@@ -157,6 +159,13 @@ TABLES = [
     ("measure-full", 4.0),
     ("measure-fragmented", 4.0),
     ("merge-recorded", 1.0),
+    ("snapshot-full", 1.0),
+]
+ENCRYPTED = [
+    ("luks-write", 1.0),
+    ("luks-read", 1.0),
+    ("qcow2-luks-write", 1.0),
+    ("qcow2-luks-read", 1.0),
 ]
 REQUESTS = [
     ("bench-raw-read-1", 2.0),
@@ -178,7 +187,7 @@ NETWORK = [
 """Our server against nbdkit (raw) and qemu-nbd (qcow2), our client against nbdcopy."""
 SMALL = [("info", 0.25), ("create", 0.25)]
 """Against ``python -c pass``: at most four times as long."""
-NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *REQUESTS, *NETWORK, *SMALL)]
+NAMES = [name for name, _ in (*CONVERSIONS, *TABLES, *ENCRYPTED, *REQUESTS, *NETWORK, *SMALL)]
 
 
 def _conversion(bench: Workbench, name: str, goal: float) -> Row:
@@ -229,6 +238,11 @@ def _tables(bench: Workbench, name: str, goal: float) -> Row:
     work, kind = name.split("-")
     kinds = {"full": "contiguous", "fragmented": "shuffled", "recorded": "recorded"}
     image = str(bench.tables(f"{kind}.qcow2", kinds[kind]))
+    if work == "snapshot":
+        # Made and deleted, so that the next run finds what this one found.
+        both = '"$0" snapshot -c s "$1" && "$0" snapshot -d s "$1"'
+        ours, theirs = (["sh", "-c", both, tool, image] for tool in (OURS, THEIRS))
+        return Row(name, goal, ours, theirs, slow=True)
     words = {
         "check": ["check", image],
         "map": ["map", "--output=json", image],
@@ -237,6 +251,34 @@ def _tables(bench: Workbench, name: str, goal: float) -> Row:
         "merge": ["bitmap", "--clear", "--merge", "a", image, "b"],
     }[work]
     return Row(name, goal, [OURS, *words], [THEIRS, *words], slow=True)
+
+
+def _encrypted(bench: Workbench, name: str, goal: float) -> Row:
+    """Into a volume that is there already, or out of it: deriving a key takes a fixed time."""
+    format, _, way = name.rpartition("-")
+    driver, prefix = ("luks", "") if format == "luks" else ("qcow2", "encrypt.")
+    secret = ["--object", "secret,id=key,data=secret"]
+
+    def maker(path: Path) -> None:
+        options = f"{prefix}key-secret=key,{prefix}iter-time=10"
+        options += ",encrypt.format=luks" if prefix else ""
+        create = [THEIRS, "create", "-q", *secret, "-f", driver, "-o", options]
+        subprocess.run([*create, str(path), str(bench.size)], check=True)
+        fill = [THEIRS, "convert", *secret, "-n", "-f", "raw", "--target-image-opts"]
+        subprocess.run([*fill, str(bench.dense()), described(path)], check=True)
+
+    def described(path: Path) -> str:
+        return f"driver={driver},file.filename={path},{prefix}key-secret=key"
+
+    volume = described(bench.image(f"{format}.volume", maker))
+    target = bench.directory / "target"
+    if way == "read":
+        words = ["convert", *secret, "--image-opts", volume, "-O", "raw", str(target)]
+    else:
+        dense = str(bench.dense())
+        words = ["convert", *secret, "-n", "-f", "raw", "--target-image-opts", dense, volume]
+    theirs = [THEIRS, words[0], "-W", "-m", "16", *words[1:]]
+    return Row(name, goal, [OURS, *words], theirs, target if way == "read" else None)
 
 
 def _requests(bench: Workbench, name: str, goal: float) -> Row:
