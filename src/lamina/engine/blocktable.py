@@ -67,6 +67,11 @@ class BlockTable:
             node=node,
         )
 
+    def resize(self, entries: int) -> None:
+        """The table in the file is longer now, or shorter. Nothing of it is dirty."""
+        self._chunks.drop_clean()
+        self.entries = entries
+
     def _chunk(self, at: int) -> tuple[int, bytearray]:
         """Where the chunk that holds byte ``at`` of the table begins in it, and the chunk."""
         start = at // CHUNK * CHUNK
