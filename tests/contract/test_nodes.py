@@ -178,14 +178,12 @@ class OnImage(OnFile):
 class TestParallels(OnImage):
     format = "parallels"
     creation = {"cluster_size": "4k"}
-    resizes = False
     discards_to_zero = True
 
 
 class TestParallelsWithOddClusters(OnImage):
     format = "parallels"
     creation = {"cluster_size": "63k"}
-    resizes = False
     discards_to_zero = True
     discard_unit = 63 << 10
 

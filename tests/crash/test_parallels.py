@@ -1,5 +1,5 @@
-"""Power cuts while a Parallels image is written to: nothing leaks into another place, and opening
-it again puts right what is left to be put right."""
+"""Power cuts while a Parallels image is written to and resized: nothing leaks into
+another place, and opening it again puts right what is left to be put right."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def random_work(seed: int, *, backing: bytes | None = None, prealloc: int = 0):
     return workload
 
 
-def check(content: bytes, backing: bytes | None = None) -> bytes:
-    """What the disk reads as. Raises AssertionError for a broken image."""
+def check(content: bytes, backing: bytes | None = None, *, whole: bool = False) -> bytes:
+    """What the disk reads as, if it is ``whole`` not only to SIZE. Raises AssertionError for a
+    broken image."""
     lines = verify(content)[1]
     assert all(
         line == "ERROR image was not closed correctly" or "space leaked at the end" in line
@@ -60,7 +61,7 @@ def check(content: bytes, backing: bytes | None = None) -> bytes:
     ), lines
     file = MemoryFile(content)
     disk = open_image(file, backing)  # repairs
-    found = disk.read(0, SIZE)
+    found = disk.read(0, disk.size if whole else SIZE)
     disk.write(0, b"after the cut" * 100)
     disk.close()
     after, lines, _ = verify(bytes(file.content))
@@ -84,6 +85,67 @@ def test_power_cuts(seed):
         cut.verify(check(cut.content, backing))
         cuts += 1
     assert cuts > 60
+
+
+@pytest.mark.parametrize("size", [5 * UNIT + 512, 64 * SIZE])
+@pytest.mark.parametrize("way", ["clusters", "sectors", "old", "bitmap"])
+def test_resizing(size, way):
+    """The disk is there as a whole, in its old size or the new one, at every moment."""
+    start = 0 if way == "old" else None
+    file = MemoryFile(empty_image(SIZE, by_cluster=way in ("clusters", "bitmap"), data_start=start))
+    disk = open_image(file)
+    content = bytearray(SIZE)
+    for block in (9, 0, 5, 2, 40, 1):
+        data = random.Random(block).randbytes(UNIT)
+        disk.write(block * UNIT, data)
+        content[block * UNIT : (block + 1) * UNIT] = data
+    disk.close()
+    initial = bytes(file.content)
+    if way == "bitmap":
+        feature = bitmap_feature(SIZE // 512, [1], granularity=1)
+        initial = with_extension(initial, feature)
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        disk = open_image(file, prealloc=4096)
+        disk.truncate(size)
+        disk.close()
+
+    sizes = set()
+    for cut in power_cuts(workload, initial=initial, guest_content=bytes(SIZE), subsets=4):
+        found = check(cut.content, whole=True)
+        sizes.add(len(found))
+        kept = min(size, SIZE)
+        assert found[:kept] == content[:kept], str(cut)
+        if size < SIZE < len(found) + 1:
+            # Before it is cut off, the end of the disk is only zeroed where its cluster stays.
+            rest = slice(6 * UNIT, SIZE)
+            assert found[rest] == content[rest], str(cut)
+        assert not any(found[SIZE:])
+    assert sizes == {SIZE, size}
+
+
+def test_room_taken_before_clusters_left_is_found():
+    """The proof can fail: without the order of moving the BAT overwrites data."""
+    file = MemoryFile(empty_image(SIZE))
+    disk = open_image(file)
+    disk.write(0, b"x" * 5 * UNIT)
+    disk.close()
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        disk = open_image(file)
+        disk.metadata.barrier = lambda: None
+        disk.truncate(64 * SIZE)
+        disk.close()
+
+    def play() -> None:
+        cuts = power_cuts(
+            workload, initial=bytes(file.content), guest_content=bytes(SIZE), subsets=6
+        )
+        for cut in cuts:
+            assert check(cut.content)[: 5 * UNIT] == b"x" * 5 * UNIT
+
+    with pytest.raises(AssertionError):
+        play()
 
 
 def test_bitmaps_are_gone_before_they_are_wrong():

@@ -58,14 +58,17 @@ class OldSectors(Images):
 
 
 TestClusters = model_test(
-    Images, size=SIZE, unit=1024, resizable=False, examples=12, steps=15
+    Images, size=SIZE, unit=1024, resizable=False, examples=8, steps=15
 )
 TestSectors = model_test(
-    Sectors, size=SIZE, unit=1536, resizable=False, examples=10, steps=15
+    Sectors, size=SIZE, unit=1536, resizable=False, examples=6, steps=15
 )
 TestOldSectors = model_test(
-    OldSectors, size=SIZE, unit=63 * 512, resizable=False, examples=6, steps=15
+    OldSectors, size=SIZE, unit=63 * 512, resizable=False, examples=4, steps=15
 )
+# A disk consists of whole sectors.
+TestGrowingClusters = model_test(Images, size=SIZE, unit=1024, alignment=512, examples=8, steps=20)
+TestGrowingSectors = model_test(Sectors, size=SIZE, unit=1536, alignment=512, examples=8, steps=20)
 
 
 def test_reopening():

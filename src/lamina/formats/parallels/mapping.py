@@ -176,12 +176,15 @@ class ParallelsMapping(BlockMapping):
         used += [(place, place + self.unit) for place in self.extension.places(self.header)]
         return sorted(used)
 
-    def set_free_space(self, found: Survey) -> None:
-        """Nothing of the extension is given away: it counts until the first write."""
+    def set_free_space(self, found: Survey, start: int = 0) -> None:
+        """Nothing of the extension is given away: it counts until the first write.
+
+        ``start``: no place is given away that begins before this host offset, which is on the grid.
+        """
         limit = 0xFFFFFFFF * self.scale
-        self.clusters = Clusters(
-            self.file, self.data_offset(found), self.unit, self.space_in_use(found), limit
-        )
+        start = max(start, self.data_offset(found))
+        used = [(max(first, start), end) for first, end in self.space_in_use(found) if end > start]
+        self.clusters = Clusters(self.file, start, self.unit, used, limit)
 
     def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
         return ClusterReservation(self, ranges)
@@ -233,8 +236,11 @@ class ParallelsMapping(BlockMapping):
     def before_first_write(self) -> None:
         """The image is in use, and its extension will not be true any longer."""
         self.write_state(replace(self.header, in_use=IN_USE, extension_sector=0, flags=0))
-        self.extension = None
         self._marked = True
+        if self.extension is not None:
+            # Its clusters are free now.
+            self.extension = None
+            self.set_free_space(self.survey())
 
     def write_state(self, header: Header) -> None:
         """Bring the fields of ``header`` that may change to storage, at once."""
@@ -252,16 +258,46 @@ class ParallelsMapping(BlockMapping):
             self.prepare_to_write()
 
     def close(self) -> None:
-        """Cut off what was set aside and is not used; nobody is writing any more."""
+        """Nobody is writing any more."""
         if not self._marked:
             return
+        self.trim()
+        self.header = replace(self.header, in_use=CLOSED)
+        self.metadata.put(Stage.FREES, IN_USE_OFFSET, struct.pack("<I", CLOSED))
+        self._marked = False
+
+    def trim(self) -> None:
+        """Cut off what was set aside and is not used. Only while nobody writes."""
         self.clusters.shrink()
         if self.file.size > self.clusters.end:
             self.file.truncate(self.clusters.end, exact=False)
         self.growth.length = self.file.size
-        self.header = replace(self.header, in_use=CLOSED)
-        self.metadata.put(Stage.FREES, IN_USE_OFFSET, struct.pack("<I", CLOSED))
-        self._marked = False
+
+    # -- another size ----------------------------------------------------------------------------
+
+    def truncate(
+        self, size: int, preallocation: Preallocation, *, exact: bool, zeroed: bool
+    ) -> None:
+        from lamina.formats.parallels.resize import resize
+
+        resize(self, size, preallocation)
+
+    def settle(self) -> None:
+        """The BAT is durable, no read is in flight that knows an older one, and what lost its place
+        meanwhile is free."""
+        self.metadata.commit()
+        self.disk.drain_reads()
+        self.metadata.commit()
+        self.metadata.barrier()
+
+    def publish(self, header: Header) -> None:
+        """Another header takes effect, durably. The BAT is, and reads as the new one will."""
+        self.file.write(0, header.pack())
+        self.file.flush()
+        self.header = header
+        self.size = header.size
+        self.table.resize(header.entries)
+        self.disk.drain_reads()
 
 
 def read_header(file: Node) -> Header:

@@ -76,10 +76,11 @@ def _sort_out(result: Survey, places: Iterable[tuple[int, int]], unit: int) -> N
         kept.append(place)
         owner = block
     result.duplicate.sort()
-    result.used += _runs(kept, unit)
+    result.used += runs(kept, unit)
 
 
-def _runs(places: list[int], unit: int) -> Iterator[tuple[int, int]]:
+def runs(places: list[int], unit: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of clusters at ``places``, ascending, those that adjoin as one."""
     start = end = -1
     for place in places:
         if place != end:
