@@ -1,5 +1,5 @@
-"""Power cuts while a VHD image is written to and resized: blocks never share a place, and there is
-a footer that can be believed."""
+"""Power cuts while a VHD image is written to, resized and rebased: blocks never share a place, and
+there is a footer that can be believed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import random
 import pytest
 
 from lamina.errors import LaminaError
+from lamina.formats.vpc import DRIVER
+from lamina.formats.vpc.mapping import DynamicMapping
 from lamina.testing.crash import CrashFile, GuestLog, power_cuts
 from lamina.testing.memory import MemoryFile
 from tests.unit.vpc.images import ID, UNIT, check, fixed, make, open_image
@@ -91,6 +93,37 @@ def test_resizing(kind: str, size: int) -> None:
             _, lines, _ = check(cut.content)
             assert not any("overlaps" in line or "metadata" in line for line in lines)
     assert sizes == {SIZE, size}
+
+
+def test_changing_the_parent() -> None:
+    """The id of a parent never stands beside the name of another one."""
+    file = MemoryFile(make(SIZE, parent=ID))
+    disk = opened(file, True)
+    disk.write(5000, b"mine" * 500)
+    disk.close()
+    content = BELOW[:5000] + b"mine" * 500 + BELOW[7000:]
+    other = make(SIZE, identity=b"another identity")
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        disk = open_image(file, MemoryFile(BELOW), parent=MemoryFile(other))
+        DRIVER.change_backing_file(disk, "directory/other.vhd", "vpc")
+        disk.close()
+
+    parents = set()
+    for cut in power_cuts(
+        workload, initial=bytes(file.content), guest_content=content, subsets=8
+    ):
+        file = MemoryFile(cut.content)
+        disk = opened(file, True)
+        assert disk.read(0, SIZE) == content
+        mapping = disk.mapping
+        assert isinstance(mapping, DynamicMapping)
+        parents.add((mapping.header.parent_id, mapping.backing_name))
+        disk.write(20000, b"after the cut" * 500)
+        disk.close()
+        _, lines, _ = check(file.content)
+        assert lines == []
+    assert parents == {(ID, "below.vhd"), (b"another identity", "directory/other.vhd")}
 
 
 def test_entries_ahead_of_data_are_found() -> None:

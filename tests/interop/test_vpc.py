@@ -219,6 +219,42 @@ def test_children_are_committed(family: tuple[Path, Path, bytearray]) -> None:
     assert child.stat().st_size < 8192
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_children_are_rebased(family: tuple[Path, Path, bytearray], kind: str) -> None:
+    """Safely: what differs is copied."""
+    parent, child, content = family
+    exercise(child, "vpc", content, random.Random(4), 10)
+    other = parent.with_name("other.vhd")
+    create(other, len(content), **KINDS[kind])
+    exercise(other, "vpc", bytearray(len(content)), random.Random(kind), 10)
+    run("lamina-img", "rebase", "-f", "vpc", "-b", "parents/other.vhd", "-F", "vpc", child)
+    parent.unlink()
+    checked(child)
+    with opened(child, "vpc", writable=False) as disk:
+        assert disk.read(0, len(content)) == content
+    assert second_reader(other, child) == content
+
+
+def test_children_whose_parent_moved(family: tuple[Path, Path, bytearray]) -> None:
+    """Unsafely: the parent itself under another name, and another one for the same content."""
+    parent, child, content = family
+    exercise(child, "vpc", content, random.Random(5), 10)
+    copy = child.with_name("copy.vhd")
+    run("lamina-img", "convert", "-O", "vpc", "-o", "force_size=on", parent, copy)
+    moved = parent.rename(child.with_name("moved.vhd"))
+    for other in (moved, copy, moved):
+        run("lamina-img", "rebase", "-u", "-f", "vpc", "-b", other.name, "-F", "vpc", child)
+        checked(child)
+        with opened(child, "vpc", writable=False) as disk:
+            assert disk.read(0, len(content)) == content
+            assert disk.info().backing_filename == other.name
+        assert second_reader(other, child) == content
+    said = run(
+        "lamina-img", "rebase", "-u", "-f", "vpc", "-b", "gone.vhd", "-F", "vpc", child, status=1
+    )
+    assert "gone.vhd" in said
+
+
 def test_parents_pass_the_opening_policy(family: tuple[Path, Path, bytearray]) -> None:
     parent, child, _ = family
     moved = child.parent / "elsewhere"

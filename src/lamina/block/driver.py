@@ -123,7 +123,9 @@ class Driver:
         raise ImageUnsupported("This image format does not support checks")
 
     def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
-        """Rewrite what the image names as its backing file; opens nothing."""
+        """Rewrite what the image names as its backing file. Formats that know it by more than its
+        name look into that file, which they open by way of the node's context; others open nothing.
+        """
         raise ImageUnsupported("Operation not supported")
 
     def make_empty(self, node: Node) -> None:

@@ -26,15 +26,15 @@ ID = b"0123456789abcdef"
 NAME = "below.vhd".encode("utf-16-le")
 
 
-def footer(size: int, disk_type: int = DYNAMIC) -> Footer:
+def footer(size: int, disk_type: int = DYNAMIC, identity: bytes = ID) -> Footer:
     """Of a disk that is exactly so large."""
     place = NOWHERE if disk_type == FIXED else 512
-    return Footer(size, disk_type, LARGEST, place, creator=EXACT, unique_id=ID)
+    return Footer(size, disk_type, LARGEST, place, creator=EXACT, unique_id=identity)
 
 
-def make(size: int, *, unit: int = UNIT, parent: bytes = b"") -> bytes:
+def make(size: int, *, unit: int = UNIT, parent: bytes = b"", identity: bytes = ID) -> bytes:
     """A dynamic image; a differencing one with the unique id of its parent."""
-    about = footer(size, DIFFERENCING if parent else DYNAMIC)
+    about = footer(size, DIFFERENCING if parent else DYNAMIC, identity)
     header = Header(TABLE, -(-size // unit), unit)
     if parent:
         locator = Locator(b"W2ru", 1, len(NAME), TABLE)
@@ -54,9 +54,15 @@ def fixed(size: int) -> bytes:
 
 
 def open_image(
-    file: Node, backing: Node | None = None, *, check: bool = False, mode: str | None = None
+    file: Node,
+    backing: Node | None = None,
+    *,
+    check: bool = False,
+    mode: str | None = None,
+    **children: Node,
 ) -> Disk:
-    context = NodesContext(file, backing=backing)
+    """``parent``: what is found by the name of another parent."""
+    context = NodesContext(file, backing=backing, **children)
     context.check = check
     return open_disk(VpcOptions(mode), context)
 

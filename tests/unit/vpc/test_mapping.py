@@ -305,6 +305,38 @@ def test_only_the_parent_will_do() -> None:
     open_image(MemoryFile(make(SIZE, parent=ID)), open_image(filled([0])))
 
 
+def test_another_parent() -> None:
+    """Only the locators, and what the header says of the parent, are new."""
+    file = MemoryFile(make(SIZE, parent=ID), WRITABLE)
+    other = MemoryFile(make(SIZE, identity=b"another identity"))
+    disk = open_image(file, MemoryFile(b"b" * SIZE), parent=other)
+    disk.write(0, b"x" * 4096)
+    for name in ("other.vhd", "../up/other.vhd", "/disks/other.vhd"):
+        DRIVER.change_backing_file(disk, name, "vpc")
+        assert disk.info().backing_filename == name
+        sound(file)
+        assert parse_footer(file.content[:512]).data_offset == 512
+        assert disk.read(0, 4097) == b"x" * 4096 + b"b"
+    before = bytes(file.content)
+    for what in ((None, None), ("", None)):
+        with pytest.raises(ImageUnsupported, match="cannot gain or lose its parent"):
+            DRIVER.change_backing_file(disk, *what)
+    with pytest.raises(ImageUnsupported, match="must be one as well"):
+        DRIVER.change_backing_file(disk, "other.raw", "raw")
+    with pytest.raises(UsageError, match="must be a local file"):
+        DRIVER.change_backing_file(disk, "nbd://host/other", "vpc")
+    with pytest.raises(UsageError, match="too long"):
+        DRIVER.change_backing_file(disk, "x" * 3000, "vpc")
+    other.content[:] = bytes(SIZE)
+    with pytest.raises(ImageUnsupported, match="must be one as well"):
+        DRIVER.change_backing_file(disk, "other.vhd", "vpc")
+    disk.close()
+    assert file.content == before
+    plain = open_image(filled([0]))
+    with pytest.raises(ImageUnsupported, match="cannot gain or lose its parent"):
+        DRIVER.change_backing_file(plain, "other.vhd", "vpc")
+
+
 def test_emptying() -> None:
     file, disk = child()
     empty = bytes(file.content)

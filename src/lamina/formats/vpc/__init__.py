@@ -51,6 +51,12 @@ class VpcDriver(Driver):
         with _exclusive(node) as mapping:
             return check(mapping, fix, report)
 
+    def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        from lamina.formats.vpc.rebase import change_parent
+
+        with _exclusive(node) as mapping:
+            change_parent(mapping, filename, format)
+
     def make_empty(self, node: Node) -> None:
         from lamina.formats.vpc.empty import make_empty
 

@@ -86,7 +86,7 @@ def _with_parent(
     header: Header, options: VpcCreateOptions, context: CreateContext
 ) -> tuple[Header, bytes]:
     """The header with its locators, and what they point to, which comes in front of the table."""
-    from lamina.formats.vpc.parent import describe
+    from lamina.formats.vpc.parent import describe, linkage
 
     parent = context.backing_node()
     if parent is None:
@@ -96,7 +96,9 @@ def _with_parent(
         )
     assert options.backing_file is not None
     place = header.table_offset
-    header, content = describe(header, parent, options.backing_file, context.filename, place)
+    header, content = describe(
+        header, linkage(parent), options.backing_file, context.filename, place
+    )
     return replace(header, table_offset=place + len(content)), content
 
 

@@ -231,6 +231,17 @@ class DynamicMapping(VpcMapping, BlockMapping):
     def discard(self, offset: int, length: int) -> None:
         super().discard(offset, min(length, self.size - offset))
 
+    def publish(self, footer: Footer) -> None:
+        """Both footers say it. Durable on return, like everything before."""
+        self.metadata.commit()
+        self.metadata.barrier()
+        self.footer = footer
+        self.file.write(0, footer.pack())
+        self.file.flush()
+        self.trailer.touch()
+        self.metadata.commit()
+        self.metadata.barrier()
+
     def close(self) -> None:
         self.appender.trim(keep=FOOTER_SIZE)
 

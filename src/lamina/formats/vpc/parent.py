@@ -12,12 +12,19 @@ import os
 import sys
 from urllib.parse import unquote, urlsplit
 
-from lamina.block.filenames import combine, local_file, protocol_prefix
+from lamina.block.filenames import (
+    combine,
+    full_backing_filename,
+    local_file,
+    protocol_prefix,
+)
+from lamina.block.node import NodeOptions
 from lamina.engine.disk import Disk
-from lamina.errors import ImageCorrupt, UsageError
+from lamina.errors import ImageCorrupt, ImageUnsupported, UsageError
+from lamina.formats.vpc.footer import find_footer
 from lamina.formats.vpc.layout import EPOCH, Header, Locator
 from lamina.hints import TYPE_CHECKING
-from lamina.records import replace
+from lamina.records import dataclass, replace
 from lamina.units import SECTOR, round_up
 
 if TYPE_CHECKING:
@@ -84,17 +91,31 @@ def locator_names(filename: str, image: str) -> list[tuple[bytes, bytes]]:
     return names
 
 
-def describe(
-    header: Header, parent: Node, filename: str, image: str, offset: int
-) -> tuple[Header, bytes]:
-    """The header of ``image`` with this parent, and the data of its locators, to be written at
-    ``offset``: whole sectors. Raises UsageError."""
+@dataclass(frozen=True)
+class Linkage:
+    """What tells a parent from other images."""
+
+    unique_id: bytes
+    changed_at: int
+    """When its file was last written to, as VHD counts time; 0: nobody knows."""
+
+
+def linkage(parent: Node) -> Linkage:
+    """Of an image that is open. Raises UsageError for other formats."""
     identity = parent_id(parent)
     if identity is None:
         raise UsageError(
             f"The parent of a VHD image must be a VHD image, not {parent.unfiltered.driver}",
             field="backing_fmt",
         )
+    return Linkage(identity, _changed_at(parent.unfiltered.file))
+
+
+def describe(
+    header: Header, parent: Linkage, filename: str, image: str, offset: int
+) -> tuple[Header, bytes]:
+    """The header of ``image`` with the parent named ``filename``, and the data of its locators, to
+    be written at ``offset``: whole sectors. Raises UsageError."""
     locators: list[Locator] = []
     content = b""
     for code, data in locator_names(filename, image):
@@ -104,8 +125,8 @@ def describe(
     return (
         replace(
             header,
-            parent_id=identity,
-            parent_timestamp=_changed_at(parent),
+            parent_id=parent.unique_id,
+            parent_timestamp=parent.changed_at,
             parent_name=os.path.basename(filename)[:255],
             locators=tuple(locators),
         ),
@@ -113,9 +134,8 @@ def describe(
     )
 
 
-def _changed_at(parent: Node) -> int:
-    """When the file of the parent was last written to, as VHD counts time; 0: nobody knows."""
-    path = local_file(parent.unfiltered.file.filename)
+def _changed_at(file: Node) -> int:
+    path = local_file(file.filename)
     try:
         return 0 if path is None else max(int(os.stat(path).st_mtime) - EPOCH, 0)
     except OSError:
@@ -130,6 +150,23 @@ def parent_id(parent: Node) -> bytes | None:
     if isinstance(layer, Disk) and isinstance(layer.mapping, VpcMapping):
         return layer.mapping.footer.unique_id
     return None
+
+
+def linkage_by_name(disk: Disk, filename: str) -> Linkage:
+    """Of an image that is opened for no more than this. Raises ImageUnsupported for other formats,
+    and what opening raises."""
+    file = disk.context.open_child(
+        "parent",
+        node_options=NodeOptions(read_only=True, force_share=True),
+        filename=full_backing_filename(disk, filename),
+    )
+    try:
+        return Linkage(find_footer(file)[0].unique_id, _changed_at(file))
+    except ImageCorrupt:
+        raise ImageUnsupported("The backing file of a vpc image must be one as well") from None
+    finally:
+        if not file.users:
+            file.close()
 
 
 def check_parent(header: Header, parent: Node) -> None:

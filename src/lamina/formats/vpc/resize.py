@@ -35,7 +35,7 @@ def resize(mapping: VpcMapping, size: int, preallocation: Preallocation) -> None
             raise ImageUnsupported(f"Unsupported preallocation mode '{preallocation.value}'")
         if size > mapping.size:
             _prepare_to_grow(mapping, -(-size // mapping.unit))
-        _publish(mapping, footer)
+        mapping.publish(footer)
         if size < mapping.size:
             _drop_blocks(mapping, -(-size // mapping.unit))
     mapping.footer, mapping.size = footer, size
@@ -97,18 +97,6 @@ def _prepare_to_grow(mapping: DynamicMapping, blocks: int) -> None:
     file.write(mapping.footer.data_offset, changed.pack())
     file.flush()
     mapping.use_header(changed)
-
-
-def _publish(mapping: DynamicMapping, footer: Footer) -> None:
-    """Both footers say it. Durable on return."""
-    mapping.metadata.commit()
-    mapping.metadata.barrier()
-    mapping.footer = footer
-    mapping.file.write(0, footer.pack())
-    mapping.file.flush()
-    mapping.trailer.touch()
-    mapping.metadata.commit()
-    mapping.metadata.barrier()
 
 
 def _drop_blocks(mapping: DynamicMapping, first: int) -> None:
