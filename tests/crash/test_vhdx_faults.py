@@ -61,7 +61,10 @@ class Guest:
             self.change(offset, data, lambda: disk.write(offset, data))
         elif action < 6:
             length = min(MIB, SIZE - block)
-            clear = disk.discard if action == 4 else disk.write_zeroes
+            # Where a failure left the disk longer, the last block is not a whole one: a discard of
+            # its part would be ignored.
+            whole = block + length == disk.size or length == MIB
+            clear = disk.discard if action == 4 and whole else disk.write_zeroes
             self.change(block, bytes(length), lambda: clear(block, length))
         elif action == 6:
             self.attempt(lambda: disk.truncate(SIZE + MIB))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import struct
 import subprocess
 import sys
@@ -64,24 +65,29 @@ def qemu_bitmaps(image: str) -> list[dict[str, Any]]:
 @contextmanager
 def exported(image: str, name: str) -> Iterator[str]:
     """The image, by QEMU's server, with what the bitmap says as its only metadata."""
-    socket = Path.cwd() / "s"
+    path = Path.cwd() / "s"
     server = subprocess.Popen(
-        ["qemu-nbd", "-r", "-f", "qcow2", "-B", name, "-k", str(socket), image],
+        ["qemu-nbd", "-r", "-t", "-f", "qcow2", "-B", name, "-k", str(path), image],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     try:
-        while not socket.exists():
+        while not listens(path):
             assert server.poll() is None, server.stdout.read() if server.stdout else ""
             time.sleep(0.01)
         yield (
-            f"driver=nbd,server.type=unix,server.path={socket},"
+            f"driver=nbd,server.type=unix,server.path={path},"
             f"x-dirty-bitmap=qemu:dirty-bitmap:{name}"
         )
-        server.wait(10)
     finally:
         server.kill()
         server.wait()
+
+
+def listens(path: Path) -> bool:
+    """Somebody answers there: a server's socket exists a moment before."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 def qemu_ranges(image: str, name: str) -> list[tuple[int, int]]:
