@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BACKING_FILE = "backing_file"
 BACKING_FORMAT = "backing_fmt"
 SIZE = "size"
+PREALLOCATION = "preallocation"
 MAX_SIZE = (1 << 63) - 1
 """Bytes."""
 
@@ -220,6 +221,8 @@ class Creation:
         self.format_options, rest = parse(self._format.CreateOptions, self._given)
         if self._format is not self._protocol:
             rest[SIZE] = self._format.new_file_size(self.format_options)
+            if self._format.metadata_is_whole and rest.get(PREALLOCATION) == "metadata":
+                rest[PREALLOCATION] = "off"
             self.protocol_options, rest = parse(self._protocol.CreateOptions, rest)
         else:
             self.protocol_options = self.format_options

@@ -73,6 +73,9 @@ class Driver:
     supports_backing = False
     supports_compression = False
     """New images can be filled by compressed writes."""
+    metadata_is_whole = False
+    """New images have all their metadata, so that ``preallocation=metadata`` asks the file for
+    nothing."""
     creates_zeroes = False
     """Protocols: what ``create_file`` makes reads as zeroes."""
     strong_options: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ class LuksDriver(Driver):
     AmendOptions = LuksAmendOptions
     is_format = True
     strong_options = ("key-secret",)
+    metadata_is_whole = True
 
     def open(self, options: LuksOptions, context: OpenContext) -> Node:
         from lamina.engine.disk import Disk

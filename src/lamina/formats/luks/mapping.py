@@ -13,7 +13,7 @@ from lamina.ciphers.luks.header import SIZE, Header, parse
 from lamina.ciphers.luks.volume import CipherSpec, unlock
 from lamina.engine.mapping import InPlace, Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata
-from lamina.errors import UsageError
+from lamina.errors import ImageCorrupt, UsageError
 from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR
 
@@ -45,10 +45,21 @@ class LuksMapping(Mapping):
         self.detached = detached
         self.header: Header = parse(_read(self.header_node, 0, SIZE), detached=detached)
         CipherSpec.of(self.header)
+        self._check_payload()
         self.cipher: SectorCipher | None = None
         self.key = b""
         if not context.locked:
             self.cipher = self._unlock(options, context)
+
+    def _check_payload(self) -> None:
+        if self.header.payload_offset > self.file.size:
+            raise ImageCorrupt(
+                "Could not refresh total sector count: Input/output error",
+                format="luks",
+                structure="header",
+                field="payload-offset",
+                offset=104,
+            )
 
     def _unlock(self, options: LuksOptions, context: OpenContext) -> SectorCipher:
         if options.key_secret is None:
