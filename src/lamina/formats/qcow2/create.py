@@ -294,17 +294,16 @@ def _write_tables(header: Header, file: Node) -> None:
 
 
 def _preallocate(header: Header, file: Node, data_file: Node | None) -> None:
-    from lamina.formats.qcow2.preallocation import extend_file, preallocate
+    from lamina.formats.qcow2.preallocation import preallocate
 
     unit = header.cluster_size
     mapping = _new_mapping(header, file, data_file)
     tables_end = header.l1_table_offset + round_up(header.l1_size * 8, unit)
-    end = preallocate(mapping, 0, header.size, tables_end)
-    mapping.metadata.commit(counts=True)
     try:
-        extend_file(mapping, end)
+        preallocate(mapping, 0, header.size, tables_end)
     except LaminaError as error:
         raise error.in_context("Could not resize image: ") from None
+    mapping.metadata.commit(counts=True)
 
 
 def _new_mapping(header: Header, file: Node, data_file: Node | None) -> Qcow2Mapping:

@@ -14,17 +14,16 @@ if TYPE_CHECKING:
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 
-def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) -> int:
+def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) -> None:
     """Map the unallocated clusters between the guest offsets ``start`` and ``end`` to host clusters
-    at ``first_host`` and behind it, where the file holds zeroes; returns where the last one ends.
+    at ``first_host`` and behind it, where the file holds zeroes or ends.
 
-    Subclusters stay unallocated, so that a backing file still shows. Only tables are changed; to
-    make the file long enough is left to the caller.
+    Subclusters stay unallocated, so that a backing file still shows. The image file is made long
+    enough before any table names what is new in it.
     """
     bits, tables, space = mapping.cluster_bits, mapping.tables, mapping.space
     cluster = start >> bits
     last = -(-end // mapping.cluster_size)
-    host_end = first_host
     with mapping.allocator.starting_at(first_host):
         while cluster < last:
             stop = min(((cluster >> tables.l2_bits) + 1) << tables.l2_bits, last)
@@ -36,18 +35,17 @@ def preallocate(mapping: Qcow2Mapping, start: int, end: int, first_host: int) ->
                     continue
                 host, free = space.allocate(cluster, free)
                 bitmaps = array("Q", bytes(8 * free)) if mapping.header.extended_l2 else None
+                length = min(free << bits, round_up(end, mapping.unit) - (cluster << bits))
                 try:
+                    if not space.external:
+                        _extend_file(mapping, host + length)
                     entries = entry_run(host, free, mapping.cluster_size, bitmaps)
                     tables.store(cluster, entries)
                 except BaseException:
                     space.cancel(host, free)
                     raise
-                if not space.external:
-                    length = min(free << bits, round_up(end, mapping.unit) - (cluster << bits))
-                    host_end = max(host_end, host + length)
                 cluster += free
             mapping.metadata.relieve()
-    return host_end
 
 
 def _unallocated(mapping: Qcow2Mapping, first: int, end: int) -> int:
@@ -91,13 +89,14 @@ def with_refcounts(
         blocks, table = max(blocks, blocks_needed), table_needed
 
 
-def extend_file(mapping: Qcow2Mapping, end: int) -> None:
-    """Make the file reach ``end``: what is mapped must be there."""
+def _extend_file(mapping: Qcow2Mapping, end: int) -> None:
+    """Make the file reach ``end``: what is mapped must be there, and before it is."""
     file = mapping.file
     if file.size < end:
         file.truncate(end, exact=False)
         if file.size < end:
             raise StorageError("The file could not be extended")
+        mapping.metadata.data_written(file)
 
 
 def end_of_file(mapping: Qcow2Mapping) -> int:

@@ -11,12 +11,7 @@ from lamina.errors import ImageUnsupported, UsageError
 from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.clearing import discard, zero
 from lamina.formats.qcow2.layout import COMPRESSED, MAX_L1, ZERO_FLAG
-from lamina.formats.qcow2.preallocation import (
-    clusters_needed,
-    end_of_file,
-    extend_file,
-    preallocate,
-)
+from lamina.formats.qcow2.preallocation import clusters_needed, end_of_file, preallocate
 from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
@@ -138,9 +133,8 @@ def _preallocate(
         # Tables included: they are a little less than what a new image of this size needs.
         needed = clusters_needed(mapping.header, clusters) * mapping.cluster_size
         mapping.file.truncate(start + needed, preallocation)
-    end = preallocate(mapping, first * mapping.cluster_size, size, start)
-    mapping.metadata.commit()
-    extend_file(mapping, end)
+        mapping.metadata.data_written(mapping.file)
+    preallocate(mapping, first * mapping.cluster_size, size, start)
 
 
 def _grow_data_file(
