@@ -85,10 +85,10 @@ def url(path: Path, name: str = "disk") -> str:
 # -- their disks ---------------------------------------------------------------------------------
 
 
-def image(path: Path, format: str, content: bytes | None = None) -> Path:
+def image(path: Path, format: str, content: bytes | None = None, *, size: int = SIZE) -> Path:
     """One in the folder, empty but for ``content``."""
     disk = path / f"disk.{format}"
-    run("qemu-img", "create", "-q", "-f", format, disk, SIZE)
+    run("qemu-img", "create", "-q", "-f", format, disk, size)
     if content is not None:
         plain = path / "content"
         plain.write_bytes(content)
