@@ -77,11 +77,13 @@ class Writers:
             time.sleep(0.01)
 
     def assert_held(self) -> None:
-        """Nothing is written, and nobody fails."""
-        time.sleep(0.1)  # replies that were on their way
-        before = self.batches
-        time.sleep(0.2)
-        assert self.batches == before
+        """Nothing is written any more, once the replies are in that were on their way; and nobody
+        fails."""
+        deadline, before = time.monotonic() + 30, -1
+        while self.batches != before:
+            assert time.monotonic() < deadline
+            before = self.batches
+            time.sleep(0.2)
         assert not any(writer.done() for writer in self._running)
 
     def end(self) -> None:
