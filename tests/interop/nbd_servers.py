@@ -1,4 +1,4 @@
-"""NBD servers as processes, ours and others."""
+"""NBD servers as processes, ours and others, and their disks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+Server = Callable[..., AbstractContextManager["subprocess.Popen[str]"]]
 SIZE = 4 << 20
 BIN = Path(sys.executable).parent
+HAS_NBDSH = Path("/usr/lib/python3/dist-packages/nbdsh.py").exists()
 
 
 def run(*command: object, check: bool = True) -> str:
@@ -78,3 +80,31 @@ def lamina_nbd(path: Path, *arguments: object) -> Iterator[subprocess.Popen[str]
 
 def url(path: Path, name: str = "disk") -> str:
     return f"nbd+unix:///{name}?socket={path}"
+
+
+# -- their disks ---------------------------------------------------------------------------------
+
+
+def image(path: Path, format: str, content: bytes | None = None, *, size: int = SIZE) -> Path:
+    """One in the folder, empty but for ``content``."""
+    disk = path / f"disk.{format}"
+    run("qemu-img", "create", "-q", "-f", format, disk, size)
+    if content is not None:
+        plain = path / "content"
+        plain.write_bytes(content)
+        run("qemu-img", "convert", "-n", "-f", "raw", "-O", format, plain, disk)
+    return disk
+
+
+def content_of(disk: Path, format: str) -> bytes:
+    plain = disk.with_name(f"{disk.name}.content")
+    run("qemu-img", "convert", "-f", format, "-O", "raw", disk, plain)
+    return plain.read_bytes()
+
+
+def assert_consistent(disk: Path, *, leaks: bool) -> None:
+    """``leaks``: clusters that nobody refers to are allowed; a crash may leave nothing else."""
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", disk], capture_output=True, text=True
+    )
+    assert done.returncode in ((0, 3) if leaks else (0,)), done.stdout + done.stderr

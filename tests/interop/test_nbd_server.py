@@ -13,25 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.nbd_servers import BIN, SIZE, lamina_nbd, nbdkit, process, qemu_nbd, run, url
+from tests.interop.nbd_servers import (
+    BIN,
+    HAS_NBDSH,
+    SIZE,
+    image,
+    lamina_nbd,
+    nbdkit,
+    process,
+    qemu_nbd,
+    run,
+    url,
+)
 from tests.unit.nbd.serving import make_certificates
 
 pytestmark = pytest.mark.peer
 
 LIBNBD = shutil.which("nbdinfo") is not None
-NBDSH = Path("/usr/lib/python3/dist-packages/nbdsh.py").exists()
 needs_libnbd = pytest.mark.skipif(not LIBNBD, reason="needs libnbd-bin")
-needs_nbdsh = pytest.mark.skipif(not NBDSH, reason="needs python3-libnbd")
-
-
-def image(path: Path, format: str, content: bytes | None = None) -> Path:
-    disk = path / f"disk.{format}"
-    run("qemu-img", "create", "-q", "-f", format, disk, SIZE)
-    if content is not None:
-        plain = path / "content"
-        plain.write_bytes(content)
-        run("qemu-img", "convert", "-n", "-f", "raw", "-O", format, plain, disk)
-    return disk
+needs_nbdsh = pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
 
 
 def some_content() -> bytes:
