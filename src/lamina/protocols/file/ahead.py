@@ -32,7 +32,6 @@ class GrowthAhead:
         """A file of this length is about to be written to from ``start`` to ``end``, behind its
         end. Never fails."""
         if start > length:
-            self._grown = 0
             self.give_back(fd)
             return
         self._grown += end - length
@@ -43,7 +42,11 @@ class GrowthAhead:
         self._reserved = reach  # a failure may have taken a part of it
 
     def give_back(self, fd: int) -> None:
-        """What was taken and not used. Never fails: a file that keeps it is merely large."""
+        """What was taken and not used: from now on it takes patience again to take any.
+
+        Never fails: a file that keeps it is merely large.
+        """
+        self._grown = 0
         if self._reserved:
             self._reserved = 0
             with suppress(OSError):
