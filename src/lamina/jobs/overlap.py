@@ -40,8 +40,8 @@ def overlapped(
 
 
 class _Overlap:
-    """Threads are started when they are worth it: one more than there are cores, so that one may
-    wait for its turn, and all where preparing is mostly waiting, as for a network."""
+    """Threads are started when they are worth it: as many as there are cores, this one included,
+    and all where preparing is mostly waiting, as for a network."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class _Overlap:
 
     def add_threads(self) -> None:
         waits = self.spent > 2 * self.computed
-        wanted = self.workers if waits else min(self.workers, cores() + 1)
+        wanted = self.workers if waits else min(self.workers, cores())
         while len(self.threads) < wanted - 1:
             thread = threading.Thread(target=self.work, daemon=True)
             thread.start()
