@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from lamina.block.permissions import Perm
 from lamina.block.status import chain
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING
 from lamina.jobs.convert import Conversion, Settings
 from lamina.jobs.sources import Sources
@@ -86,7 +86,7 @@ def empty(disk: Backend) -> None:
 
 def find_layer(node: Node, name: str) -> Node | None:
     """The layer below ``node`` that is called ``name``, seen from the layer that stores it."""
-    from lamina.block.filenames import combine, local_file
+    from lamina.block.filenames import full_backing_filename, local_file
 
     def place(filename: str) -> str:
         path = local_file(filename)
@@ -95,7 +95,13 @@ def find_layer(node: Node, name: str) -> Node | None:
     layers = chain(node)
     for upper, layer in pairwise(layers):
         stored = upper.unfiltered.info().backing_filename
-        wanted = combine(upper.unfiltered.filename, name)
-        if name == stored or place(wanted) == place(layer.filename):
+        if name == stored:
+            return layer
+        try:
+            wanted = full_backing_filename(upper.unfiltered, name)
+        except UsageError:
+            # Where there are no directories, names say nothing but themselves.
+            wanted = name
+        if place(wanted) == place(layer.filename):
             return layer
     return None

@@ -97,17 +97,23 @@ def _check_backing_format(name: str | None) -> None:
 def _copy_difference(
     tool: Tool, given: Parsed, disk: Backend, cache: str, progress: Progress
 ) -> None:
-    from lamina.block.filenames import combine
+    from lamina.block.filenames import combine, is_absolute, is_json
     from lamina.jobs.rebase import rebase
 
     name = given.value("backing")
+    filename = disk.node.filename
+    if name and is_json(filename) and not is_absolute(name):
+        raise UsageError(
+            "Could not resolve backing filename: "
+            f"Cannot use relative backing file names for '{filename}'"
+        )
     with ExitStack() as stack:
         new = None
         if name:
             new = stack.enter_context(
                 open_image(
                     tool,
-                    combine(disk.node.filename, name),
+                    combine(filename, name),
                     format=given.value("backing-format"),
                     cache=cache,
                     force_share=given.flag("force-share"),
