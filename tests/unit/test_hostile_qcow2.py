@@ -17,6 +17,7 @@ import pytest
 import lamina
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, StorageError
 from lamina.testing.memory import MemoryFile
+from tests.unit.opened import opened_files
 from tests.unit.qcow2.images import make, open_image, read_only
 from tests.unit.qcow2_check.damage import (
     ALL,
@@ -288,25 +289,6 @@ def test_a_sparse_file_of_terabytes(bits: int, tmp_path: Path) -> None:
         result = driver("qcow2").check(opened.node, NOTHING, lambda line: None)
         assert time.process_time() - before < 2 * SECONDS
     assert not result.corruptions
-
-
-def opened_files(action: Callable[[], object]) -> list[str]:
-    """The files that ``action`` opens."""
-    names: list[str] = []
-    active = True
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if active and event == "open" and isinstance(arguments[0], (str, bytes)):
-            names.append(os.fsdecode(arguments[0]))
-
-    sys.addaudithook(hook)
-    try:
-        action()
-    except LaminaError:
-        pass
-    finally:
-        active = False
-    return [name for name in names if not name.endswith((".py", ".pyc", ".so"))]
 
 
 TRICKS = ["/etc/passwd", "json:{}", 'json:{"driver":"file","filename":"/etc/passwd"}', "nbd:x:1"]

@@ -7,9 +7,11 @@ import struct
 
 import pytest
 
-from lamina.errors import LaminaError
+import lamina
+from lamina.errors import ImageCorrupt, LaminaError
 from lamina.formats.qcow.layout import parse
 from lamina.testing.memory import MemoryFile
+from tests.unit.opened import opened_files
 from tests.unit.qcow.images import empty_image, open_image
 
 SIZE = 1 << 20
@@ -63,3 +65,33 @@ def test_wild_pointers():
             disk.close()
         except LaminaError:
             pass
+
+
+def test_an_l1_table_that_is_not_there():
+    image = bytearray(empty_image(SIZE))
+    image[40:48] = struct.pack(">Q", 1 << 60)
+    with pytest.raises(ImageCorrupt) as caught:
+        open_image(MemoryFile(bytes(image)))
+    assert (caught.value.structure, caught.value.field) == ("header", "l1_table_offset")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", 'json:{"driver":"file","filename":"/etc/passwd"}', "nbd:x:1"]
+)
+def test_inspecting_opens_no_backing_file(name, tmp_path):
+    image = bytearray(empty_image(SIZE))
+    place = len(image)
+    image += name.encode()
+    image[8:20] = struct.pack(">QI", place, len(name))
+    path = tmp_path / "image"
+    path.write_bytes(image)
+    assert lamina.inspect(str(path)).backing_filename == name
+    assert set(opened_files(lambda: lamina.inspect(str(path)))) <= {str(path)}
+
+
+def test_inspecting_asks_for_no_key(tmp_path):
+    image = bytearray(empty_image(SIZE))
+    image[36:40] = struct.pack(">I", 1)
+    path = tmp_path / "image"
+    path.write_bytes(image)
+    assert lamina.inspect(str(path)).encrypted
