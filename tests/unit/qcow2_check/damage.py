@@ -45,6 +45,11 @@ class Image:
         self.put(offset, self.get(offset) & ~clear | set)
 
     @property
+    def block(self) -> int:
+        """Offset of the first refcount block."""
+        return self.get(self.table) & OFFSET_MASK
+
+    @property
     def l2(self) -> int:
         return self.get(self.l1) & OFFSET_MASK
 
@@ -124,6 +129,10 @@ def _on_refcount_table(image: Image) -> None:
     image.put(image.entry(0), image.table | COPIED)
 
 
+def _data_on(table: str) -> Callable[[Image], object]:
+    return lambda image: image.put(image.entry(0), getattr(image, table) | COPIED)
+
+
 def _l1_names_itself(image: Image) -> None:
     image.put(image.l1, image.l1 | COPIED)
 
@@ -172,6 +181,11 @@ DAMAGES = [
     Damage("refcount block twice", lambda i: i.put(i.table + 8, i.get(i.table))),
     Damage("refcount block on the L2 table", _block_shared),
     Damage("data lies on the refcount table", _on_refcount_table, frozenset({0})),
+    Damage("data lies on the L1 table", _data_on("l1"), frozenset({0})),
+    Damage("data lies on the refcount block", _data_on("block"), frozenset({0})),
+    Damage("refcount block on the L1 table", lambda i: i.put(i.table + 8, i.l1)),
+    Damage("refcount table on the L2 table", lambda i: i.put(48, i.l2)),
+    Damage("refcount table on its block", lambda i: i.put(48, i.block)),
     Damage("dirty", _features(1)),
     Damage("corrupt", _features(2)),
     Damage("L1 table behind the end", lambda i: i.put(40, 1 << 40), EVERYTHING, False),
