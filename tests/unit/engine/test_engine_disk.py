@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -118,6 +119,25 @@ def test_requests_that_share_a_unit_or_overlap() -> None:
     assert set(found[3000:5000]) <= {ord("a"), ord("b")}
     disk.writev([])
     disk.writev([(0, b""), (10, b"")])
+    checked(disk)
+
+
+def test_what_is_empty_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that nobody writes to might lie behind the end of the file."""
+    disk = make()
+
+    def reserve(ranges: Any) -> Any:
+        raise AssertionError(f"places for {ranges}")
+
+    monkeypatch.setattr(disk.mapping, "reserve", reserve)
+    before = bytes(storage(disk).content)
+    for offset in (0, UNIT, UNIT + 10, SIZE):
+        disk.writev([(offset, b"")])
+        disk.write_zeroes(offset, 0)
+        disk.discard(offset, 0)
+    disk.flush()
+    assert storage(disk).content == before
+    assert {extent.kind for extent in disk.extents(0, SIZE)} == {Kind.BELOW}
     checked(disk)
 
 
