@@ -158,12 +158,15 @@ class Tables:
             self.metadata.write_counts(even_lazy=True)
         try:
             content = self._whole_table(old) if old else bytearray(self.header.cluster_size)
+            self.file.event("l2_alloc_write")
+            # At once, so that the storage has room for it: a flush shall not be the first to see
+            # that it has not, when everything that the table will carry is acknowledged.
+            self.file.write(offset, content)
         except BaseException:
             allocator.cancel(offset, 1)
             raise
         for start in range(0, len(content), self.slice_bytes):
             self.cache.new(offset + start, content[start : start + self.slice_bytes])
-        self.file.event("l2_alloc_write")
         self.overlap.add_l2_table(offset)
         self._set_l1(l1_index, offset | COPIED)
         if old:
