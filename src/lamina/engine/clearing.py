@@ -135,7 +135,8 @@ class Clearing:
             return
         unit = self.disk.allocation_unit
         step = max(ROUND // unit, 1) * unit
-        inside_backing = self.disk.reader.inside_backing()
+        # The unit in which the backing file ends is written: what is zero there is so for its sake.
+        inside_backing = round_up(self.disk.reader.inside_backing(), mapping.unit)
         for extent in self.disk.extents(start, end - start):
             at, stop = extent.guest_offset, extent.end
             if extent.kind is Kind.ZERO:
