@@ -164,6 +164,7 @@ def _connect_patiently(connector: Connector, seconds: int) -> Link:
         except UsageError:
             raise
         except LaminaError:
-            if time.monotonic() + _OPEN_PAUSE >= deadline:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise
-        time.sleep(_OPEN_PAUSE)
+        time.sleep(min(_OPEN_PAUSE, left))
