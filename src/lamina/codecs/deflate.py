@@ -50,19 +50,26 @@ _fast_decode = _fast_decoder()
 _fast_encode = _fast_encoder()
 
 
+def quickly(
+    fast: Callable[[Data, int], bytes | bytearray] | None, encoded: Data, length: int
+) -> bytes | bytearray | None:
+    """What a quick decoder makes of a stream; None: it is for zlib to decide."""
+    if fast is None:
+        return None
+    try:
+        decoded = fast(encoded, length)
+    except Exception:  # whatever it has against this stream
+        return None
+    return decoded if len(decoded) == length else None
+
+
 def decode(encoded: Data, length: int) -> bytes | bytearray:
     """Exactly ``length`` bytes; the stream may go on, or be followed by anything.
 
     Raises ImageCorrupt.
     """
-    if _fast_decode is not None:
-        try:
-            decoded = _fast_decode(encoded, length)
-        except Exception:  # whatever it has against this stream, zlib decides
-            pass
-        else:
-            if len(decoded) == length:
-                return decoded
+    if (decoded := quickly(_fast_decode, encoded, length)) is not None:
+        return decoded
     try:
         found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded, length)
     except zlib.error as error:

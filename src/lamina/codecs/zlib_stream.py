@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
+from lamina.codecs.deflate import quickly
 from lamina.errors import ImageCorrupt
 from lamina.hints import TYPE_CHECKING
 
@@ -29,14 +30,8 @@ def decode(encoded: Data, length: int) -> bytes | bytearray:
 
     Raises ImageCorrupt.
     """
-    if _fast_decode is not None:
-        try:
-            decoded = _fast_decode(encoded, length)
-        except Exception:  # whatever it has against this stream, zlib decides
-            pass
-        else:
-            if len(decoded) == length:
-                return decoded
+    if (decoded := quickly(_fast_decode, encoded, length)) is not None:
+        return decoded
     try:
         stream = zlib.decompressobj()
         # It looks at the checksum only where there is room for one byte more.
