@@ -91,25 +91,36 @@ class Xts(SectorCipher):
         np.bitwise_xor(result[:size].view("<u8").reshape(words.shape), tweaks, out=words)
 
     def _tweaks(self, ivs: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-        """Tweaks of all blocks: the encrypted vector, doubled in GF(2^128) from block to block."""
+        """Tweaks of all blocks: that of block j is the encrypted vector times x^j in GF(2^128).
+
+        The field's polynomial is x^128 + x^7 + x^2 + x + 1: what a shift by j < 64 pushes out at
+        the top comes back at the bottom, times x^7 + x^2 + x + 1.
+        """
         import numpy as np
 
         first = np.frombuffer(self._tweak.encrypt(np.ascontiguousarray(ivs)), dtype="<u8")
-        count, words = len(ivs), SECTOR // 8
-        # A row per word of the sector, so that each step works on contiguous memory.
-        rows = self.scratch("rows")[: count * SECTOR].view("<u8").reshape(words, count)
-        rows[0], rows[1] = first[0::2], first[1::2]
-        one, top, polynomial = np.uint64(1), np.uint64(63), np.uint64(0x87)
-        for word in range(0, words - 2, 2):
-            low, high = rows[word], rows[word + 1]
-            carry = high >> top
-            carry *= polynomial
-            np.left_shift(low, one, out=rows[word + 2])
-            rows[word + 2] ^= carry
-            np.left_shift(high, one, out=rows[word + 3])
-            rows[word + 3] |= low >> top
-        tweaks = self.scratch("tweaks")[: count * SECTOR].view("<u8").reshape(count, words)
-        tweaks[:] = rows.T
+        low, high = first[0::2, np.newaxis], first[1::2, np.newaxis]
+        count, blocks = len(ivs), SECTOR // 16
+        left = np.arange(blocks, dtype=np.uint64)
+        right = np.uint64(64) - left
+        bottom, top, out = (
+            self.scratch(name)[: count * blocks * 8].view("<u8").reshape(count, blocks)
+            for name in ("bottom", "top", "out")
+        )
+        tweaks = self.scratch("tweaks")[: count * SECTOR].view("<u8").reshape(count, -1)
+
+        np.left_shift(high, left, out=top)
+        np.right_shift(low, right, out=out)
+        np.bitwise_or(top, out, out=tweaks[:, 1::2])
+
+        np.left_shift(low, left, out=bottom)
+        np.right_shift(high, right, out=out)
+        bottom ^= out
+        for power in (1, 2):
+            np.left_shift(out, np.uint64(power), out=top)
+            bottom ^= top
+        np.left_shift(out, np.uint64(7), out=top)
+        np.bitwise_xor(bottom, top, out=tweaks[:, 0::2])
         return tweaks  # type: ignore[no-any-return]
 
 
