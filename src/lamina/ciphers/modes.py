@@ -82,13 +82,13 @@ class Xts(SectorCipher):
 
         size = sectors.size
         words = sectors.view("<u8")
+        work = self.scratch("work")
+        masked = work[:size].view("<u8").reshape(words.shape)
         tweaks = self._tweaks(ivs)
-        masked = self.scratch("masked")[:size]
-        np.bitwise_xor(words, tweaks, out=masked.view("<u8").reshape(words.shape))
-        result = self.scratch("result")
+        np.bitwise_xor(words, tweaks, out=masked)
         run = self._data.encrypt_into if encrypt else self._data.decrypt_into
-        run(masked, result[: size + 16])
-        np.bitwise_xor(result[:size].view("<u8").reshape(words.shape), tweaks, out=words)
+        run(work[:size], work[: size + 16])
+        np.bitwise_xor(masked, tweaks, out=words)
 
     def _tweaks(self, ivs: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
         """Tweaks of all blocks: that of block j is the encrypted vector times x^j in GF(2^128).
@@ -103,24 +103,22 @@ class Xts(SectorCipher):
         count, blocks = len(ivs), SECTOR // 16
         left = np.arange(blocks, dtype=np.uint64)
         right = np.uint64(64) - left
-        bottom, top, out = (
-            self.scratch(name)[: count * blocks * 8].view("<u8").reshape(count, blocks)
-            for name in ("bottom", "top", "out")
-        )
         tweaks = self.scratch("tweaks")[: count * SECTOR].view("<u8").reshape(count, -1)
+        shifted, out = self.scratch("work")[: count * SECTOR].view("<u8").reshape(2, count, blocks)
+        bottom = self.scratch("bottom")[: count * SECTOR // 2].view("<u8").reshape(count, blocks)
 
-        np.left_shift(high, left, out=top)
+        np.left_shift(high, left, out=shifted)
         np.right_shift(low, right, out=out)
-        np.bitwise_or(top, out, out=tweaks[:, 1::2])
+        np.bitwise_or(shifted, out, out=tweaks[:, 1::2])
 
         np.left_shift(low, left, out=bottom)
         np.right_shift(high, right, out=out)
         bottom ^= out
-        for power in (1, 2):
-            np.left_shift(out, np.uint64(power), out=top)
-            bottom ^= top
-        np.left_shift(out, np.uint64(7), out=top)
-        np.bitwise_xor(bottom, top, out=tweaks[:, 0::2])
+        for power in (np.uint64(1), np.uint64(2)):
+            np.left_shift(out, power, out=shifted)
+            bottom ^= shifted
+        np.left_shift(out, np.uint64(7), out=shifted)
+        np.bitwise_xor(bottom, shifted, out=tweaks[:, 0::2])
         return tweaks  # type: ignore[no-any-return]
 
 

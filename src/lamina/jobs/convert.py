@@ -151,16 +151,25 @@ class Conversion:
         def fresh() -> Batch:
             return pool.pop() if pool else Batch(self.batch_size)
 
-        def write_and_reuse(batch: Batch) -> None:
-            self.write(batch)
+        def done(batch: Batch) -> None:
             self.report(batch.done)
             batch.clear()
             pool.append(batch)
 
+        def move(batch: Batch) -> None:
+            self.read(batch)
+            self.write(batch)
+
+        def write(batch: Batch) -> None:
+            self.write(batch)
+            done(batch)
+
+        # Encrypting is work for several cores: their order is given up for it.
+        encrypts = self.target.node.info().encrypted
         overlapped(
             self.batches(self.counted(self.plan()), fresh),
-            self.read,
-            write_and_reuse,
+            move if encrypts else self.read,
+            done if encrypts else write,
             workers=self.settings.workers,
         )
 
