@@ -24,7 +24,8 @@ protocols.file.locks
 protocols.file.node protocols.file.opening protocols.file.transfer engine engine.batches
 engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata engine.reader
 engine.workers
-engine.writer formats formats.qcow2 formats.qcow2.about formats.qcow2.layout formats.qcow2.opening
+engine.writer formats formats.qcow2 formats.qcow2.about formats.qcow2.extensions
+formats.qcow2.fields formats.qcow2.layout formats.qcow2.opening
 formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings
 """
 """Of our own modules, those that ``info`` of a qcow2 image may import."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import struct
 
 from lamina.errors import ImageCorrupt
-from lamina.formats.qcow2.layout import MIN_SNAPSHOT, bytes_of, corrupt, text_of
+from lamina.formats.qcow2.fields import bytes_of, corrupt, text_of
+from lamina.formats.qcow2.layout import MIN_SNAPSHOT
 from lamina.records import dataclass
 from lamina.units import MIB, round_up
 
