@@ -25,22 +25,23 @@ from lamina.formats.qcow2.arrays import (
     BATCH,
     Counts,
     Indices,
-    Mask,
     count_type,
     read_into,
 )
+from lamina.formats.qcow2.census import WINDOW, Census
 from lamina.formats.qcow2.copied import check_copied
 from lamina.formats.qcow2.layout import MAX_SNAPSHOTS, MIN_SNAPSHOT, Header
 from lamina.formats.qcow2.refblock import Width
-from lamina.formats.qcow2.references import WINDOW, Census, Walk, snapshot_table_length
+from lamina.formats.qcow2.references import Walk
 from lamina.formats.qcow2.repair import rebuild
 from lamina.formats.qcow2.snapshot_layout import (
     MAX_SNAPSHOT_EXTRA,
     MAX_SNAPSHOT_TABLE,
     Snapshot,
     parse_snapshot,
+    snapshot_table_length,
 )
-from lamina.formats.qcow2.stored import CountRun, StoredCounts
+from lamina.formats.qcow2.stored import CountRun, StoredCounts, WindowCounts
 from lamina.hints import TYPE_CHECKING, NamedTuple, NoReturn
 from lamina.units import round_up
 
@@ -467,31 +468,3 @@ class ImageCheck:
             wrote |= check_copied(self.file, self.header, counts, self, fixes=fixes)
         if wrote:
             self.file.flush()
-
-
-class WindowCounts:
-    """Refcounts of one window of clusters, and in the first one of those behind all windows."""
-
-    def __init__(self, stored: StoredCounts, first: int, end: int, file_clusters: int) -> None:
-        self.first = first
-        self.counts = stored.window(first, end)
-        self._stored = stored
-        self._file_clusters = file_clusters
-
-    def change(self, clusters: Indices, counts: Counts) -> None:
-        inside = (clusters >= self.first) & (clusters < self.first + len(self.counts))
-        self.counts[clusters[inside] - self.first] = counts[inside]
-
-    def look_up(self, clusters: Indices) -> tuple[Counts, Mask | None]:
-        """(their counts, which of them are known here; None: all)."""
-        index = clusters - self.first if self.first else clusters
-        if not len(index) or (int(index.max()) < len(self.counts) and int(index.min()) >= 0):
-            return self.counts[index], None
-        inside = (index >= 0) & (index < len(self.counts))
-        counts = np.zeros(len(clusters), dtype=self.counts.dtype)
-        counts[inside] = self.counts[index[inside]]
-        if self.first == 0:
-            behind = clusters >= self._file_clusters
-            counts[behind] = self._stored.get(clusters[behind])
-            inside |= behind
-        return counts, inside

@@ -46,6 +46,11 @@ class Snapshot:
     entry_length: int = 0
 
 
+def snapshot_table_length(snapshots: list[Snapshot]) -> int:
+    """Bytes that the entries take."""
+    return snapshots[-1].entry_offset + snapshots[-1].entry_length if snapshots else 0
+
+
 def parse_snapshots(table: bytes, count: int) -> list[Snapshot]:
     """``count`` entries from the start of ``table`` (which may be longer).
 
