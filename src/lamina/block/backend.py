@@ -363,7 +363,7 @@ class Backend:
 def _with_zero_modes(
     defaults: NodeOptions, discard: str | None, detect_zeroes: str | None
 ) -> NodeOptions:
-    from lamina.block.opening import generic_options
+    from lamina.block.generic_options import generic_options
 
     words = {"discard": discard, "detect-zeroes": detect_zeroes}
     given = {key: word for key, word in words.items() if word is not None}
