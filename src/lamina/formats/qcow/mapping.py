@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from lamina.block.extents import Extent, Kind
 from lamina.block.filenames import full_backing_filename
 from lamina.block.info import NodeInfo
+from lamina.engine.coalescing import append_extent
 from lamina.engine.mapping import Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
@@ -174,10 +175,7 @@ class QcowMapping(Mapping):
         extents: list[Extent] = []
         for cluster, count, entry in self._runs(first, -(-end // unit) - first):
             extent = self._extent(cluster * unit, count * unit, entry)
-            if extents and (joined := _joined(extents[-1], extent)) is not None:
-                extents[-1] = joined
-            else:
-                extents.append(extent)
+            append_extent(extents, extent)
         if extents:
             extents[0] = extents[0].cut(offset, extents[0].end)
             extents[-1] = extents[-1].cut(extents[-1].guest_offset, end)
@@ -371,15 +369,6 @@ class QcowReservation(Reservation):
         """Space at the very end is used again; behind it, somebody else has appended."""
         if self._mapping.end == self._end:
             self._mapping.end = self._end_before
-
-
-def _joined(left: Extent, right: Extent) -> Extent | None:
-    """Two neighbours as one, if they are of one kind and adjoin in the file too."""
-    if left.kind is not right.kind or left.kind is Kind.ENCODED:
-        return None
-    if left.kind is Kind.DATA and left.host_offset + left.length != right.host_offset:
-        return None
-    return left._replace(length=left.length + right.length)
 
 
 def _aes(options: QcowOptions, context: OpenContext) -> Cipher:
