@@ -128,7 +128,7 @@ class Backend:
                 writethrough=not mode.writeback,
             )
         except BaseException:
-            _close_unused(node)
+            node.close_unused()
             raise
         if guessed_raw:
             session.warn(_GUESSED_RAW.format(node.unfiltered.filename).rstrip("\n"))
@@ -371,11 +371,6 @@ def _with_zero_modes(
     return settings
 
 
-def _close_unused(node: Node) -> None:
-    if not node.users:
-        node.close()
-
-
 def _copying_on_read(node: Node, session: Session) -> Node:
     """The filter that keeps what is read from backing files, put on top of ``node``."""
     from lamina.block.opening import open_node
@@ -391,7 +386,7 @@ def _copying_on_read(node: Node, session: Session) -> Node:
             defaults=replace(node.options, node_name="", probed=False),
         )
     except BaseException:
-        _close_unused(node)
+        node.close_unused()
         raise
 
 

@@ -20,7 +20,7 @@ from lamina.block import filenames, registry
 from lamina.block.generic_options import below_format, generic_options
 from lamina.block.keyvalue import flatten, take
 from lamina.block.node import Node, NodeOptions
-from lamina.block.opening_context import Context, close_unused
+from lamina.block.opening_context import Context
 from lamina.block.options import parse
 from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ class Opener:
                 name, options, defaults, filename, chain=chain, file=file, probed=True
             )
         except BaseException:
-            close_unused(file)
+            file.close_unused()
             raise
 
     def _open_driver(

@@ -180,7 +180,7 @@ class Context:
     def close_unused(self) -> None:
         """After a failure: what was opened for a node that did not come to be."""
         for node in self.opened.values():
-            close_unused(node)
+            node.close_unused()
 
     def refuse_leftovers(self) -> None:
         """Raises UsageError for options that nobody asked for."""
@@ -192,11 +192,6 @@ class Context:
             else:
                 text = f"Block format '{self._driver.name}' does not support the option '{key}'"
             raise UsageError(text, field=key)
-
-
-def close_unused(node: Node) -> None:
-    if not node.users:
-        node.close()
 
 
 def _identity(filename: str, path: str | None) -> str:
