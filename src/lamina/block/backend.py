@@ -78,10 +78,10 @@ class Backend:
         ``format`` is the driver to use rather than the guessed one; ``cache`` a word of
         ``block.cache_modes``; ``discard`` and ``detect_zeroes`` are what the generic options of
         these names are unless ``options`` say otherwise; ``inspect``, ``check`` and ``backing`` as
-        for ``block.opening.open_node``. Without
-        ``perm`` the user reads, and writes if ``writable``, and resizes if ``resize``; without
-        ``shared`` it tolerates everything in others. With ``copy_on_read`` what is read from
-        backing files is kept in the image, by a filter of that name on top.
+        for ``block.opening.open_node``. Without ``perm`` the user reads, and writes if
+        ``writable``, and resizes if ``resize``; without ``shared`` it tolerates everything in
+        others. With ``copy_on_read`` what is read from backing files is kept in the image, by a
+        filter of that name on top.
         """
         from lamina.block.cache_modes import cache_mode
         from lamina.block.opening import open_node
@@ -112,11 +112,7 @@ class Backend:
             backing=backing,
         )
         if perm is None:
-            perm = Perm.CONSISTENT_READ
-            if writable:
-                perm |= Perm.WRITE
-                if resize:
-                    perm |= Perm.RESIZE
+            perm = _usual_permissions(writable, resize)
         guessed_raw = node.options.probed and node.driver == "raw" and not node.read_only
         if copy_on_read:
             node = _copying_on_read(node, session)
@@ -358,6 +354,15 @@ class Backend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _usual_permissions(writable: bool, resize: bool) -> Perm:
+    perm = Perm.CONSISTENT_READ
+    if writable:
+        perm |= Perm.WRITE
+        if resize:
+            perm |= Perm.RESIZE
+    return perm
 
 
 def _with_zero_modes(

@@ -22,8 +22,6 @@ HEADS = 16
 SECTORS_PER_TRACK = 32
 
 IN_USE_OFFSET = 44
-DATA_OFFSET_OFFSET = 48
-EXTENSION_OFFSET = 56
 IN_USE = 0x746F6E59
 CLOSED = 0x312E3276
 """What those leave who know of the format extension; all others leave 0."""
