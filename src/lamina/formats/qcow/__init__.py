@@ -33,10 +33,11 @@ class QcowDriver(Driver):
 
     def make_empty(self, node: Node) -> None:
         from lamina.engine.disk import exclusive
+        from lamina.formats.qcow.empty import make_empty
         from lamina.formats.qcow.mapping import QcowMapping
 
         with exclusive(node, QcowMapping) as mapping:
-            mapping.make_empty()
+            make_empty(mapping)
 
 
 DRIVER = QcowDriver()
