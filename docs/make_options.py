@@ -18,7 +18,7 @@ INTRODUCTION = """\
 Made by `docs/make_options.py` from the drivers' own declarations. Runtime options are given as
 `--image-opts driver=…,KEY=VALUE` or `json:{…}`; creation options as `-o KEY=VALUE`. Every node also
 takes `node-name`, `read-only`, `auto-read-only`, `force-share`, `discard`, `detect-zeroes`,
-`cache.direct` and `cache.no-flush`.
+`cache.direct` and `cache.no-flush`; drivers with no options but these are left out.
 """
 
 
@@ -27,6 +27,8 @@ def page() -> str:
     for name in registry.names():
         driver = registry.driver(name)
         tables = [("runtime", driver.Options), ("creation", driver.CreateOptions)]
+        if not any(cls is not None and specs(cls) for _, cls in tables):
+            continue
         parts.append(f"\n## {name}\n")
         for title, cls in tables:
             if cls is not None and specs(cls):

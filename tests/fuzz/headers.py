@@ -13,10 +13,9 @@ from lamina.formats.qcow2.bitmap_layout import (
     pack_directory,
     parse_directory,
 )
+from lamina.formats.qcow2.extensions import BitmapsExtension, CryptoExtension
 from lamina.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
-    BitmapsExtension,
-    CryptoExtension,
     Header,
     compressed_extent,
 )

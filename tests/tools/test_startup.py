@@ -26,6 +26,7 @@ engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metada
 engine.workers
 engine.writer formats formats.qcow2 formats.qcow2.about formats.qcow2.layout formats.qcow2.opening
 formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings
+block.generic_options block.opening_context formats.qcow2.extensions formats.qcow2.fields
 """
 """Of our own modules, those that ``info`` of a qcow2 image may import."""
 

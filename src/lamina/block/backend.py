@@ -78,10 +78,10 @@ class Backend:
         ``format`` is the driver to use rather than the guessed one; ``cache`` a word of
         ``block.cache_modes``; ``discard`` and ``detect_zeroes`` are what the generic options of
         these names are unless ``options`` say otherwise; ``inspect``, ``check`` and ``backing`` as
-        for ``block.opening.open_node``. Without
-        ``perm`` the user reads, and writes if ``writable``, and resizes if ``resize``; without
-        ``shared`` it tolerates everything in others. With ``copy_on_read`` what is read from
-        backing files is kept in the image, by a filter of that name on top.
+        for ``block.opening.open_node``. Without ``perm`` the user reads, and writes if
+        ``writable``, and resizes if ``resize``; without ``shared`` it tolerates everything in
+        others. With ``copy_on_read`` what is read from backing files is kept in the image, by a
+        filter of that name on top.
         """
         from lamina.block.cache_modes import cache_mode
         from lamina.block.opening import open_node
@@ -112,11 +112,7 @@ class Backend:
             backing=backing,
         )
         if perm is None:
-            perm = Perm.CONSISTENT_READ
-            if writable:
-                perm |= Perm.WRITE
-                if resize:
-                    perm |= Perm.RESIZE
+            perm = _usual_permissions(writable, resize)
         guessed_raw = node.options.probed and node.driver == "raw" and not node.read_only
         if copy_on_read:
             node = _copying_on_read(node, session)
@@ -128,7 +124,7 @@ class Backend:
                 writethrough=not mode.writeback,
             )
         except BaseException:
-            _close_unused(node)
+            node.close_unused()
             raise
         if guessed_raw:
             session.warn(_GUESSED_RAW.format(node.unfiltered.filename).rstrip("\n"))
@@ -360,20 +356,24 @@ class Backend:
         self.close()
 
 
+def _usual_permissions(writable: bool, resize: bool) -> Perm:
+    perm = Perm.CONSISTENT_READ
+    if writable:
+        perm |= Perm.WRITE
+        if resize:
+            perm |= Perm.RESIZE
+    return perm
+
+
 def _with_zero_modes(
     defaults: NodeOptions, discard: str | None, detect_zeroes: str | None
 ) -> NodeOptions:
-    from lamina.block.opening import generic_options
+    from lamina.block.generic_options import generic_options
 
     words = {"discard": discard, "detect-zeroes": detect_zeroes}
     given = {key: word for key, word in words.items() if word is not None}
     settings, _ = generic_options(given, defaults)
     return settings
-
-
-def _close_unused(node: Node) -> None:
-    if not node.users:
-        node.close()
 
 
 def _copying_on_read(node: Node, session: Session) -> Node:
@@ -391,7 +391,7 @@ def _copying_on_read(node: Node, session: Session) -> Node:
             defaults=replace(node.options, node_name="", probed=False),
         )
     except BaseException:
-        _close_unused(node)
+        node.close_unused()
         raise
 
 

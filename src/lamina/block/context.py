@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class OpenContext(Protocol):
-    """Handed to ``Driver.open(options, context)``. Implemented by ``block.opening``."""
+    """Handed to ``Driver.open(options, context)``. Implemented by ``block.opening_context``."""
 
     node_options: NodeOptions
     """For ``Node.__init__``."""

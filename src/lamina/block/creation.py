@@ -239,8 +239,7 @@ class Creation:
                 self._write_content(file)
         finally:
             self._close_others()
-            if not file.users:
-                file.close()
+            file.close_unused()
 
     def _write_content(self, file: Node) -> None:
         try:
@@ -280,8 +279,7 @@ class Creation:
 
     def _close_others(self) -> None:
         for node in (*self._beside, *([self._backing] if self._backing else [])):
-            if not node.users:
-                node.close()
+            node.close_unused()
         self._beside.clear()
         self._backing = None
 

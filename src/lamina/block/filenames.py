@@ -12,6 +12,7 @@ from lamina.errors import UsageError
 from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lamina.block.driver import Driver
     from lamina.block.node import Node
 
 
@@ -250,3 +251,24 @@ def _in_order(value: Any) -> Any:
         return {"driver": 1, "file": 3}.get(key, 2)
 
     return {key: _in_order(value[key]) for key in sorted(value, key=rank)}
+
+
+def shown_filename(
+    driver: Driver, node: Node, own: Mapping[str, Any], filename: str | None
+) -> str:
+    """The name of ``node``: plain where a plain name opens the same, else ``json:{…}``."""
+    strong = {key: value for key, value in own.items() if key in driver.strong_options}
+    if registry.is_protocol(driver.name):
+        if isinstance(own.get("filename"), str):
+            return str(own["filename"])
+        return driver.plain_filename(strong) or json_filename(
+            {"driver": driver.name, **strong}
+        )
+    file = node.child("file")
+    if file is None:
+        return filename or ""
+    on_storage = registry.is_protocol(file.driver) and not is_json(file.filename)
+    if driver.is_format and on_storage and not strong:
+        return file.filename
+    below = {f"file.{key}": value for key, value in description(file).items()}
+    return json_filename({**strong, "driver": driver.name, **below})

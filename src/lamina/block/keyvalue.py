@@ -94,6 +94,14 @@ def subset(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in options.items() if key.startswith(prefix)}
 
 
+def take(options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The same; they are no longer in ``options``."""
+    found = subset(options, prefix)
+    for key in found:
+        del options[prefix + key]
+    return found
+
+
 def nest(options: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as nested objects; where all keys of an object are 0, 1, 2 … it is a list."""
     tree: dict[str, Any] = {}

@@ -316,6 +316,11 @@ class Node(ABC):
             for attachment in self.children.values():
                 attachment.detach()
 
+    def close_unused(self) -> None:
+        """Close what nobody uses, or no longer."""
+        if not self.users:
+            self.close()
+
     def _close(self) -> None:
         """What a driver with something to finish overrides. The children are still open, and finish
         what is theirs when they are closed."""

@@ -87,20 +87,13 @@ def names() -> list[str]:
     return sorted(_targets)
 
 
-def format_names() -> list[str]:
-    """Of these, the formats of disk images."""
-    return sorted(name for name in _targets if name in _FORMATS)
-
-
-def register(name: str, target: str, *, prefix: str | None = None, format: bool = False) -> None:
+def register(name: str, target: str, *, prefix: str | None = None) -> None:
     """Add or replace a driver: ``target`` is ``"module:ATTRIBUTE"``.
 
     ``prefix`` is what file names begin with (before a ``:``) that this protocol reads.
     """
     _targets[name] = target
     _loaded.pop(name, None)
-    if format:
-        _FORMATS[name] = target
     if prefix is not None:
         _PREFIXES[prefix] = name
 

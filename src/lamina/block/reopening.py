@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lamina.block import registry
+from lamina.block.generic_options import generic_options
 from lamina.block.keyvalue import flatten, subset
-from lamina.block.opening import generic_options
 from lamina.errors import UsageError
 from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace

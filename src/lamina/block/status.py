@@ -79,21 +79,6 @@ def chain_extents(
     return _joined(found)
 
 
-def is_allocated(node: Node, offset: int, length: int, base: Node | None = None) -> list[
-    tuple[int, int, bool]
-]:
-    """(offset, length, whether a layer above ``base`` holds it), in order, without gaps."""
-    result: list[tuple[int, int, bool]] = []
-    for extent, _, _ in chain_extents(node, offset, length, base, look_for_holes=False):
-        held = extent.kind != Kind.BELOW
-        if result and result[-1][2] == held:
-            start, before, _ = result[-1]
-            result[-1] = (start, before + extent.length, held)
-        else:
-            result.append((extent.guest_offset, extent.length, held))
-    return result
-
-
 def _descend(
     layers: list[Node],
     depth: int,

@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from lamina.block.node import Node
 
 
+def append_extent(extents: list[Extent], extent: Extent) -> None:
+    """What follows the others: a part of the last one, where both are of one kind and, if they are
+    data, adjoin in one file too."""
+    if extents:
+        last = extents[-1]
+        kind = last.kind
+        if kind is extent.kind and (
+            last.node is extent.node and last.host_offset + last.length == extent.host_offset
+            if kind is Kind.DATA
+            else kind is not Kind.ENCODED
+        ):
+            extents[-1] = last._replace(length=last.length + extent.length)
+            return
+    extents.append(extent)
+
+
 def extents_of_units(
     offset: int, end: int, units: Iterable[tuple[int, Kind, int]], file: Node
 ) -> list[Extent]:

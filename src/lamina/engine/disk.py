@@ -22,7 +22,7 @@ from lamina.engine.locks import Ranges
 from lamina.engine.reader import Reader
 from lamina.engine.writer import Writer
 from lamina.errors import ImageUnsupported, LaminaError
-from lamina.hints import TYPE_CHECKING
+from lamina.hints import TYPE_CHECKING, TypeVar
 from lamina.units import round_up
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lamina.block.permissions import Perm
     from lamina.engine.clearing import Clearing
     from lamina.engine.mapping import Mapping
+
+AnyMapping = TypeVar("AnyMapping", bound="Mapping")
 
 _NO_FLAGS = WriteFlags.NONE
 
@@ -355,3 +357,22 @@ class Disk(Node):
             # Whoever waits for data to be durable flushes, and is told; closing promises nothing.
             with suppress(LaminaError):
                 self._flush_children(self.metadata.generation)
+
+
+# -- for drivers, which are handed nodes ---------------------------------------------------------
+
+
+def mapping_of(node: Node, kind: type[AnyMapping]) -> AnyMapping:
+    """The mapping of an open image, whose driver knows of which kind it is."""
+    assert isinstance(node, Disk)
+    assert isinstance(node.mapping, kind)
+    return node.mapping
+
+
+@contextmanager
+def exclusive(node: Node, kind: type[AnyMapping]) -> Iterator[AnyMapping]:
+    """The mapping of an open image, while nobody else changes it."""
+    mapping = mapping_of(node, kind)
+    assert isinstance(node, Disk)
+    with node.exclusive():
+        yield mapping

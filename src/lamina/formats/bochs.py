@@ -13,6 +13,7 @@ from lamina.block.driver import Driver
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo
 from lamina.engine.blocktable import BlockTable
+from lamina.engine.coalescing import append_extent
 from lamina.engine.metadata import Stage
 from lamina.engine.read_only import ReadOnlyMapping
 from lamina.engine.tables import TableCache
@@ -158,10 +159,10 @@ class RedologMapping(ReadOnlyMapping):
             for number, entry in enumerate(entries, index):
                 start, stop = max(number * unit, offset), min((number + 1) * unit, end)
                 if entry == NOWHERE:
-                    _append(extents, Extent(start, stop - start, Kind.ZERO))
+                    append_extent(extents, Extent(start, stop - start, Kind.ZERO))
                     continue
                 for run in self._written(number, entry, start, stop):
-                    _append(extents, run)
+                    append_extent(extents, run)
         return extents
 
     def _written(self, number: int, entry: int, start: int, end: int) -> Iterator[Extent]:
@@ -213,12 +214,12 @@ class SparseMapping(ReadOnlyMapping):
             for number, entry in enumerate(entries, index):
                 start, stop = max(number * unit, offset), min((number + 1) * unit, end)
                 if entry == NOWHERE:
-                    _append(extents, Extent(start, stop - start, Kind.ZERO))
+                    append_extent(extents, Extent(start, stop - start, Kind.ZERO))
                     continue
                 place = base + entry * unit + start - number * unit
                 if place + stop - start > self.file.size:
                     raise _outside(self.file, number, SPARSE_HEADER)
-                _append(extents, Extent(start, stop - start, Kind.DATA, self.file, place))
+                append_extent(extents, Extent(start, stop - start, Kind.DATA, self.file, place))
         return extents
 
     def info(self) -> NodeInfo:
@@ -236,16 +237,6 @@ def _table(
 def _info(mapping: RedologMapping | SparseMapping) -> NodeInfo:
     actual_size = mapping.file.info().actual_size
     return NodeInfo(mapping.disk.filename, "bochs", mapping.size, actual_size, dirty=None)
-
-
-def _append(extents: list[Extent], extent: Extent) -> None:
-    """Join it to the last one, if they are of one kind and adjoin in the file too."""
-    if extents and extents[-1].kind is extent.kind:
-        last = extents[-1]
-        if extent.kind is Kind.ZERO or last.host_offset + last.length == extent.host_offset:
-            extents[-1] = last._replace(length=last.length + extent.length)
-            return
-    extents.append(extent)
 
 
 def _corrupt(message: str, field: str, offset: int) -> ImageCorrupt:

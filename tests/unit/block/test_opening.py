@@ -76,11 +76,11 @@ DRIVER = ToyDriver()
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registry._loaded, "toy", DRIVER)
-    registry.register("toy", f"{__name__}:DRIVER", format=True)
+    registry.register("toy", f"{__name__}:DRIVER")
     registry._loaded["toy"] = DRIVER
     DRIVER.opened.clear()
     yield tmp_path
-    del registry._targets["toy"], registry._FORMATS["toy"]
+    del registry._targets["toy"]
     assert open_files(tmp_path) == []
 
 

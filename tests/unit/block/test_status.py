@@ -6,7 +6,7 @@ import pytest
 
 from lamina.block.extents import Kind
 from lamina.block.node import Node
-from lamina.block.status import Status, chain_columns, chain_extents, is_allocated
+from lamina.block.status import Status, chain_columns, chain_extents
 from tests.unit.jobs.memory import MemoryDisk, SparseFile
 
 K = 1024
@@ -48,15 +48,6 @@ def test_base_is_not_asked_and_its_bytes_are_not_known_to_be_zero() -> None:
         (0, 4, Kind.BELOW, 0, False),
         (4, 4, Kind.DATA, 0, False),
         (8, 8, Kind.BELOW, 0, False),
-    ]
-
-
-def test_allocation_above_a_base() -> None:
-    top = two_layers()
-    assert is_allocated(top, 2 * K, 8 * K, base=top.backing) == [
-        (2 * K, 2 * K, False),
-        (4 * K, 4 * K, True),
-        (8 * K, 2 * K, False),
     ]
 
 

@@ -18,7 +18,8 @@ from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, Refused, 
 from lamina.formats.qcow2 import DRIVER
 from lamina.formats.qcow2.bitmap_layout import AUTO, IN_USE, BitmapEntry, pack_directory
 from lamina.formats.qcow2.bitmap_storage import read_bitmaps, read_directory
-from lamina.formats.qcow2.layout import BitmapsExtension, Header
+from lamina.formats.qcow2.extensions import BitmapsExtension
+from lamina.formats.qcow2.layout import Header
 from lamina.testing.memory import MemoryFile
 
 from .images import make, open_image, read_only, verify

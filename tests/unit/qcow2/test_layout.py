@@ -7,10 +7,9 @@ import struct
 import pytest
 
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
+from lamina.formats.qcow2.extensions import BitmapsExtension, CryptoExtension
 from lamina.formats.qcow2.layout import (
     COMPRESSED,
-    BitmapsExtension,
-    CryptoExtension,
     Header,
     compressed_entry,
     compressed_extent,

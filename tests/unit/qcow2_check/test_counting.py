@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 
+from lamina.formats.qcow2 import census as census_module
 from lamina.formats.qcow2 import check as check_module
-from lamina.formats.qcow2 import references
 from lamina.formats.qcow2.arrays import pack_counts, read_tables, read_words, unpack_counts
+from lamina.formats.qcow2.census import Census, count_uses
 from lamina.formats.qcow2.refblock import Width
-from lamina.formats.qcow2.references import Census, Regions, count_uses
+from lamina.formats.qcow2.regions import Regions
 from lamina.testing.memory import MemoryFile
 from tests.unit.qcow2.images import verify
 from tests.unit.qcow2_check.damage import (
@@ -67,7 +68,7 @@ def test_a_census_counts_its_window_and_names_the_others() -> None:
     census.add(np.array([99, 100, 149, 149, 150, 101]))
     census.add(np.arange(110, 120))
     census.add_run(140, 30, 2)
-    census.add(np.array([references.WINDOW + 5]))
+    census.add(np.array([census_module.WINDOW + 5]))
     assert census.counts[:2].tolist() == [1, 1]
     assert census.counts[10:20].tolist() == [1] * 10
     assert census.counts[40:].tolist() == [2] * 9 + [4]
@@ -122,7 +123,7 @@ def test_windows_make_no_difference(damage: Damage, monkeypatch: pytest.MonkeyPa
     """Images of more clusters than are counted at a time, here two."""
     whole = MemoryFile(damaged(damage))
     expected = run_check(whole, ALL)
-    monkeypatch.setattr(references, "WINDOW", 2048)
+    monkeypatch.setattr(census_module, "WINDOW", 2048)
     monkeypatch.setattr(check_module, "WINDOW", 2048)
     content = Image(damaged(damage))
     content.grow(3 * 2048)

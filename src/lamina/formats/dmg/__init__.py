@@ -23,9 +23,11 @@ class DmgDriver(Driver):
         return Disk(context, DmgMapping)
 
     def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
+        from lamina.engine.disk import mapping_of
         from lamina.formats.dmg.check import check
+        from lamina.formats.dmg.mapping import DmgMapping
 
-        return check(node, report)
+        return check(mapping_of(node, DmgMapping), report)
 
 
 DRIVER = DmgDriver()

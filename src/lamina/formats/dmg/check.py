@@ -27,19 +27,14 @@ _STEP = 4 << 20
 """Bytes read at a time."""
 
 
-def check(node: Node, report: Callable[[str], None]) -> CheckResult:
+def check(mapping: DmgMapping, report: Callable[[str], None]) -> CheckResult:
     """Nothing can be repaired: there is nothing to repair it from."""
-    from lamina.engine.disk import Disk
-    from lamina.formats.dmg.mapping import DmgMapping
-
-    assert isinstance(node, Disk)
-    assert isinstance(node.mapping, DmgMapping)
-    return _Check(node, node.mapping, report).run()
+    return _Check(mapping, report).run()
 
 
 class _Check:
-    def __init__(self, node: Node, mapping: DmgMapping, report: Callable[[str], None]) -> None:
-        self.node = node
+    def __init__(self, mapping: DmgMapping, report: Callable[[str], None]) -> None:
+        self.node = mapping.disk
         self.mapping = mapping
         self.report = report
         self.result = CheckResult(image_end_offset=mapping.end + TRAILER_SIZE)

@@ -5,6 +5,7 @@ Apple never specified the format; see the documentation of libmodi, "Mac OS disk
 
 from __future__ import annotations
 
+import errno
 import struct
 import sys
 from array import array
@@ -117,7 +118,7 @@ def parse_trailer(data: bytes, offset: int) -> Trailer:
             structure="trailer",
             field="sector count",
             offset=offset + 492,
-            errno=27,
+            errno=errno.EFBIG,
         )
     return Trailer(
         sectors,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.block.info import NodeInfo
+from lamina.engine.coalescing import append_extent
 from lamina.engine.read_only import ReadOnlyMapping
 from lamina.errors import ImageUnsupported
 from lamina.formats.dmg.layout import (
@@ -78,10 +79,7 @@ class DmgMapping(ReadOnlyMapping):
             else:
                 stop = min(starts[row], end) if row < count else end
                 extent = self._encoded(at, stop, UNREADABLE, 0, 0, at, stop - at)
-            if extents and (joined := _joined(extents[-1], extent)) is not None:
-                extents[-1] = joined
-            else:
-                extents.append(extent)
+            append_extent(extents, extent)
             at = stop
         return extents
 
@@ -177,12 +175,3 @@ def read_trailer(file: Node) -> tuple[Trailer, int]:
     tail = file.read(start, file.size - start)
     at = find_trailer(tail)
     return parse_trailer(tail[at : at + TRAILER_SIZE], start + at), start + at
-
-
-def _joined(left: Extent, right: Extent) -> Extent | None:
-    """Two neighbours as one, if they are of one kind and adjoin in the file too."""
-    if left.kind is not right.kind or left.kind is Kind.ENCODED:
-        return None
-    if left.kind is Kind.DATA and left.host_offset + left.length != right.host_offset:
-        return None
-    return left._replace(length=left.length + right.length)

@@ -53,13 +53,11 @@ class LuksDriver(Driver):
     def amend(
         self, node: Node, options: Any, progress: Callable[[float], None], *, force: bool
     ) -> None:
-        from lamina.engine.disk import Disk
+        from lamina.engine.disk import exclusive
         from lamina.formats.luks.mapping import LuksMapping
 
-        assert isinstance(node, Disk)
-        assert isinstance(node.mapping, LuksMapping)
-        with node.exclusive():
-            node.mapping.amend(options, node.context.secrets, force=force)
+        with exclusive(node, LuksMapping) as mapping:
+            mapping.amend(options, mapping.disk.context.secrets, force=force)
         progress(1.0)
 
 

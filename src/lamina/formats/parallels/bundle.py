@@ -9,6 +9,7 @@ from __future__ import annotations
 from lamina.block.extents import Extent, Kind
 from lamina.block.info import NodeInfo, SnapshotInfo
 from lamina.engine.blocktable import BlockTable
+from lamina.engine.coalescing import append_extent
 from lamina.engine.read_only import ReadOnlyMapping
 from lamina.errors import ImageCorrupt, ImageUnsupported
 from lamina.formats.parallels.descriptor import MAX_SIZE, Descriptor, Image, parse_descriptor
@@ -127,7 +128,7 @@ class BundleMapping(ReadOnlyMapping):
     def _resolve(self, number: int, offset: int, end: int, extents: list[Extent]) -> None:
         """What layer ``number`` and those below it hold of a range."""
         if number == len(self.layers):
-            _append(extents, Extent(offset, end - offset, Kind.ZERO))
+            append_extent(extents, Extent(offset, end - offset, Kind.ZERO))
             return
         below = offset
         for extent in self.layers[number].resolve(offset, end):
@@ -135,7 +136,7 @@ class BundleMapping(ReadOnlyMapping):
                 continue
             if below < extent.guest_offset:
                 self._resolve(number + 1, below, extent.guest_offset, extents)
-            _append(extents, extent)
+            append_extent(extents, extent)
             below = extent.end
         if below < end:
             self._resolve(number + 1, below, end, extents)
@@ -158,15 +159,3 @@ class BundleMapping(ReadOnlyMapping):
             dirty=None,
             snapshots=snapshots,
         )
-
-
-def _append(extents: list[Extent], extent: Extent) -> None:
-    """Join it to the last one, if they are of one kind and adjoin in one file."""
-    if extents:
-        last = extents[-1]
-        adjoins = last.host_offset + last.length == extent.host_offset
-        alike = last.kind is extent.kind and last.node is extent.node
-        if alike and (adjoins or extent.kind is Kind.ZERO):
-            extents[-1] = last._replace(length=last.length + extent.length)
-            return
-    extents.append(extent)

@@ -6,6 +6,7 @@ The block allocation table (BAT) follows it: a number for each cluster of the di
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
@@ -22,8 +23,6 @@ HEADS = 16
 SECTORS_PER_TRACK = 32
 
 IN_USE_OFFSET = 44
-DATA_OFFSET_OFFSET = 48
-EXTENSION_OFFSET = 56
 IN_USE = 0x746F6E59
 CLOSED = 0x312E3276
 """What those leave who know of the format extension; all others leave 0."""
@@ -127,7 +126,7 @@ def parse(data: bytes) -> Header:
     if not by_cluster:
         sectors &= 0xFFFFFFFF
     if sectors > MAX_SECTORS:
-        raise _corrupt("File too large", "nb_sectors", 36, errno=27)
+        raise _corrupt("File too large", "nb_sectors", 36, errno=errno.EFBIG)
     if sectors > entries * tracks:
         raise _corrupt("The BAT has no entries for all of the disk", "nb_bat_entries", 32)
     if extension > MAX_SECTORS:

@@ -32,13 +32,12 @@ class QcowDriver(Driver):
         create(options, file, context)
 
     def make_empty(self, node: Node) -> None:
-        from lamina.engine.disk import Disk
+        from lamina.engine.disk import exclusive
+        from lamina.formats.qcow.empty import make_empty
         from lamina.formats.qcow.mapping import QcowMapping
 
-        assert isinstance(node, Disk)
-        assert isinstance(node.mapping, QcowMapping)
-        with node.exclusive():
-            node.mapping.make_empty()
+        with exclusive(node, QcowMapping) as mapping:
+            make_empty(mapping)
 
 
 DRIVER = QcowDriver()

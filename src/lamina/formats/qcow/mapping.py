@@ -6,6 +6,7 @@ entry that names it, then the L1 entry that names a new L2 table.
 
 from __future__ import annotations
 
+import errno
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from lamina.block.extents import Extent, Kind
 from lamina.block.filenames import full_backing_filename
 from lamina.block.info import NodeInfo
+from lamina.engine.coalescing import append_extent
 from lamina.engine.mapping import Mapping, Piece, Reservation
 from lamina.engine.metadata import Metadata, Stage
 from lamina.engine.tables import TableCache
-from lamina.errors import ImageCorrupt, StorageError, UsageError
+from lamina.errors import ImageCorrupt, StorageError
 from lamina.formats.qcow import layout
 from lamina.formats.qcow.layout import COMPRESSED, SIZE, Header, parse
+from lamina.formats.qcow.writing import QcowReservation
 from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_up
 
@@ -79,7 +82,9 @@ class QcowMapping(Mapping):
             self.request_alignment = SECTOR
             self.encoded_unit = 0
             if not context.locked:
-                self.cipher = _aes(options, context)
+                from lamina.formats.qcow.encryption import aes_cipher
+
+                self.cipher = aes_cipher(options, context)
         if self.backing_name:
             backing = context.open_named(
                 "backing", self.backing_name, driver=None, relative_to=disk
@@ -174,10 +179,7 @@ class QcowMapping(Mapping):
         extents: list[Extent] = []
         for cluster, count, entry in self._runs(first, -(-end // unit) - first):
             extent = self._extent(cluster * unit, count * unit, entry)
-            if extents and (joined := _joined(extents[-1], extent)) is not None:
-                extents[-1] = joined
-            else:
-                extents.append(extent)
+            append_extent(extents, extent)
         if extents:
             extents[0] = extents[0].cut(offset, extents[0].end)
             extents[-1] = extents[-1].cut(extents[-1].guest_offset, end)
@@ -277,7 +279,7 @@ class QcowMapping(Mapping):
         """Host offset of new space at the end of the file."""
         offset = round_up(self.end, alignment)
         if offset + length > 1 << (63 - self.header.cluster_bits):
-            raise StorageError("File too large", errno=27)
+            raise StorageError("File too large", errno=errno.EFBIG)
         self.end = offset + length
         self.touched = max(self.touched, self.end)
         return offset
@@ -326,74 +328,3 @@ class QcowMapping(Mapping):
             backing_filename=name,
             full_backing_filename=full_backing_filename(self.disk, name) if name else None,
         )
-
-    def make_empty(self) -> None:
-        """Forget all data: the L1 table first, then what it named."""
-        start, length = self.header.l1_offset, 8 * self.header.l1_entries
-        self.metadata.commit()
-        self.file.write_zeroes(start, length)
-        self.file.flush()
-        self.metadata.barrier()
-        for cache in (self.l1_chunks, self.l2_tables):
-            cache.drop_clean()
-        self.end = start + length
-        self.file.truncate(self.end)
-
-
-class QcowReservation(Reservation):
-    """Clusters at the end of the file that no table names yet."""
-
-    def __init__(
-        self, mapping: QcowMapping, pieces: list[Piece], end_before: int, *, encoded: bool = False
-    ) -> None:
-        self.pieces = pieces
-        self._mapping = mapping
-        self._end_before = end_before
-        self._end = mapping.end
-        self._encoded = encoded
-
-    def commit(self) -> None:
-        mapping = self._mapping
-        unit = mapping.unit
-        for piece in self.pieces:
-            if self._encoded:
-                entry = layout.compressed_entry(mapping.header, piece.host_offset, piece.length)
-                entries = array("Q", [entry])
-            elif piece.fresh:
-                first = piece.host_offset - piece.copy_head
-                end = piece.host_offset + piece.length + piece.copy_tail
-                entries = array("Q", range(first, end, unit))
-            else:
-                continue
-            mapping.publish(piece.guest_offset - piece.copy_head, entries)
-
-    def abort(self) -> None:
-        """Space at the very end is used again; behind it, somebody else has appended."""
-        if self._mapping.end == self._end:
-            self._mapping.end = self._end_before
-
-
-def _joined(left: Extent, right: Extent) -> Extent | None:
-    """Two neighbours as one, if they are of one kind and adjoin in the file too."""
-    if left.kind is not right.kind or left.kind is Kind.ENCODED:
-        return None
-    if left.kind is Kind.DATA and left.host_offset + left.length != right.host_offset:
-        return None
-    return left._replace(length=left.length + right.length)
-
-
-def _aes(options: QcowOptions, context: OpenContext) -> Cipher:
-    """Raises UsageError without the secret."""
-    from lamina.ciphers.modes import qcow_aes
-
-    if options.encrypt_format not in (None, "aes"):
-        raise UsageError(
-            f"Header reported 'aes' encryption format but options specify "
-            f"'{options.encrypt_format}'",
-            field="encrypt.format",
-        )
-    if options.encrypt_key_secret is None:
-        raise UsageError(
-            "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"
-        )
-    return qcow_aes(context.secrets.lookup(options.encrypt_key_secret))

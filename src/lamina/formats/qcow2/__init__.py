@@ -13,6 +13,8 @@ from lamina.formats.qcow2.options import Options as Qcow2Options
 from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lamina.block.context import CreateContext, OpenContext
     from lamina.block.info import SnapshotInfo
     from lamina.block.node import Node
@@ -164,16 +166,11 @@ def _changing(node: Node, name: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _exclusive(node: Node) -> Iterator[Qcow2Mapping]:
-    """The mapping of an open image, while nobody else changes it."""
-    from lamina.engine.disk import Disk
+def _exclusive(node: Node) -> AbstractContextManager[Qcow2Mapping]:
+    from lamina.engine.disk import exclusive
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
-    assert isinstance(node, Disk)
-    assert isinstance(node.mapping, Qcow2Mapping)
-    with node.exclusive():
-        yield node.mapping
+    return exclusive(node, Qcow2Mapping)
 
 
 DRIVER = Qcow2Driver()

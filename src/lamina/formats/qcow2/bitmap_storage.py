@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from lamina.block.bitset import Bitset
     from lamina.block.dirty import DirtyBitmap
     from lamina.block.node import Node
-    from lamina.formats.qcow2.layout import BitmapsExtension, Header
+    from lamina.formats.qcow2.extensions import BitmapsExtension
+    from lamina.formats.qcow2.layout import Header
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
 BATCH = 4 << 20

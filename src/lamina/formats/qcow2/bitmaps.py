@@ -37,12 +37,14 @@ from lamina.formats.qcow2.bitmap_storage import (
     store_bits,
     write_new,
 )
-from lamina.formats.qcow2.header import open_for_changes, rewrite
-from lamina.formats.qcow2.layout import (
-    AUTOCLEAR_BITMAPS,
+from lamina.formats.qcow2.extensions import (
     MAX_BITMAP_DIRECTORY,
     MAX_BITMAPS,
     BitmapsExtension,
+)
+from lamina.formats.qcow2.header import open_for_changes, rewrite
+from lamina.formats.qcow2.layout import (
+    AUTOCLEAR_BITMAPS,
 )
 from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass, replace

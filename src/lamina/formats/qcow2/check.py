@@ -22,37 +22,26 @@ import numpy as np
 from lamina.block.driver import CheckResult, Fix
 from lamina.errors import StorageError
 from lamina.formats.qcow2.arrays import (
-    BATCH,
     Counts,
     Indices,
-    Mask,
     count_type,
-    read_into,
 )
+from lamina.formats.qcow2.census import WINDOW, Census
 from lamina.formats.qcow2.copied import check_copied
-from lamina.formats.qcow2.layout import MAX_SNAPSHOTS, MIN_SNAPSHOT, Header
+from lamina.formats.qcow2.layout import Header
 from lamina.formats.qcow2.refblock import Width
-from lamina.formats.qcow2.references import WINDOW, Census, Walk, snapshot_table_length
+from lamina.formats.qcow2.references import Walk
 from lamina.formats.qcow2.repair import rebuild
-from lamina.formats.qcow2.snapshot_layout import (
-    MAX_SNAPSHOT_EXTRA,
-    MAX_SNAPSHOT_TABLE,
-    Snapshot,
-    parse_snapshot,
-)
-from lamina.formats.qcow2.stored import CountRun, StoredCounts
-from lamina.hints import TYPE_CHECKING, NamedTuple, NoReturn
-from lamina.units import round_up
+from lamina.formats.qcow2.snapshot_check import SnapshotCheck
+from lamina.formats.qcow2.snapshot_layout import Snapshot, snapshot_table_length
+from lamina.formats.qcow2.stored import CountRun, StoredCounts, WindowCounts
+from lamina.hints import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.formats.qcow2.bitmap_layout import BitmapEntry
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
-NB_SNAPSHOTS = 60
-"""Offset of this field of the header."""
-
-_UNREADABLE = "failed to read the snapshot table"
 _OVERFLOW_LINES = 100
 """A single cluster may have millions of references too many; no need to say it so often."""
 _OVERFLOW_HINT = (
@@ -147,8 +136,6 @@ class ImageCheck:
         self._counted: tuple[Census, Walk] | None = None
         """The only window's, where one is enough."""
         self._last_window: Census | None = None
-        self._piece = (0, b"")
-        """Of the snapshot table: where it is, and what was read of it last."""
 
     # -- what the parts find -----------------------------------------------------------------------
 
@@ -168,7 +155,9 @@ class ImageCheck:
 
     def run(self) -> CheckResult:
         header, result, fix = self.header, self.result, self.fix
-        self.snapshots = self._read_snapshots()
+        table = SnapshotCheck(self)
+        self.snapshots = table.run()
+        self.mended_snapshots = table.mended
         walk, differences = self._compare_all()
         self.bitmap_damages = walk.bitmaps.damages if walk.l1_usable else 0
         self.kept_bitmaps = walk.bitmaps.kept
@@ -198,83 +187,6 @@ class ImageCheck:
         result.compressed_clusters = statistics.compressed
         result.image_end_offset = (self._highest + 1) << header.cluster_bits
         return result
-
-    # -- the snapshot table ------------------------------------------------------------------------
-
-    def _read_snapshots(self) -> list[Snapshot]:
-        """All entries, mended where that is allowed. Raises StorageError (EFBIG) if there are too
-        many or if one of them is too large."""
-        header, mends = self.header, self.fix.errors
-        snapshots: list[Snapshot] = []
-        count = header.nb_snapshots
-        if count > MAX_SNAPSHOTS:
-            surplus = count - MAX_SNAPSHOTS
-            if not mends:
-                self._give_up("snapshot table too large", f"all {surplus} overhanging snapshots")
-            self._discard(f"{surplus} overhanging snapshots", surplus)
-            count = MAX_SNAPSHOTS
-        position = kept = 0
-        for index in range(count):
-            snapshot, extra = self._read_snapshot(position, index)
-            if extra > MAX_SNAPSHOT_EXTRA:
-                what = f"too much extra metadata in snapshot table entry {index}"
-                if not mends:
-                    what = "T" + what[1:]
-                    self._give_up(f"{_UNREADABLE}: {what}", "this extra metadata")
-                self._discard(f"{what} ({extra} > {MAX_SNAPSHOT_EXTRA})", 1)
-                self.mended_snapshots = True
-            kept += snapshot.entry_length - max(extra - MAX_SNAPSHOT_EXTRA, 0)
-            if kept > MAX_SNAPSHOT_TABLE:
-                surplus = count - index
-                what = f"{surplus} overhanging snapshots"
-                if not mends:
-                    self._give_up(f"{_UNREADABLE}: Snapshot table is too big", f"all {what}")
-                self._discard(f"{what} (snapshot table is too big)", surplus)
-                break
-            position += snapshot.entry_length
-            if header.version >= 3 and extra < 16:
-                self.corruption(f" snapshot table entry {index} is incomplete", mended=mends)
-                self.mended_snapshots |= mends
-            snapshots.append(snapshot)
-        if len(snapshots) < header.nb_snapshots:
-            # Their clusters are leaks from now on, so nobody may know of them any more.
-            header.nb_snapshots = len(snapshots)
-            self.file.write(NB_SNAPSHOTS, header.nb_snapshots.to_bytes(4, "big"))
-            self.file.flush()
-        return snapshots
-
-    def _give_up(self, what: str, removable: str) -> NoReturn:
-        self.report(f"error: ERROR {what}")
-        self.report(f"You can force-remove {removable} with qemu-img check -r all")
-        raise StorageError.from_errno(errno.EFBIG)
-
-    def _discard(self, what: str, corruptions: int) -> None:
-        self.report(f"Discarding {what}")
-        self.result.corruptions_fixed += corruptions
-
-    def _read_snapshot(self, position: int, index: int) -> tuple[Snapshot, int]:
-        """An entry, with no more extra data than is allowed; how much it has in the file."""
-        start = self.header.snapshots_offset + position
-        fixed = bytearray(self._read(start, MIN_SNAPSHOT))
-        extra = int.from_bytes(fixed[36:40], "big")
-        names = int.from_bytes(fixed[12:14], "big") + int.from_bytes(fixed[14:16], "big")
-        kept = min(extra, MAX_SNAPSHOT_EXTRA)
-        fixed[36:40] = kept.to_bytes(4, "big")
-        entry = bytes(fixed) + self._read(start + MIN_SNAPSHOT, kept)
-        entry += self._read(start + MIN_SNAPSHOT + extra, names)
-        snapshot = parse_snapshot(entry, 0, index)
-        snapshot.entry_offset = position
-        snapshot.entry_length = round_up(MIN_SNAPSHOT + extra + names, 8)
-        return snapshot, extra
-
-    def _read(self, offset: int, length: int) -> bytes:
-        """A part of the snapshot table; parts that follow cost nothing."""
-        start, piece = self._piece
-        if not start <= offset <= offset + length <= start + len(piece):
-            buffer = bytearray(max(length, BATCH))
-            read_into(self.file, [(offset, memoryview(buffer))])
-            start, piece = self._piece = offset, bytes(buffer)
-        return piece[offset - start : offset - start + length]
 
     @property
     def snapshot_table_is_outside(self) -> bool:
@@ -467,31 +379,3 @@ class ImageCheck:
             wrote |= check_copied(self.file, self.header, counts, self, fixes=fixes)
         if wrote:
             self.file.flush()
-
-
-class WindowCounts:
-    """Refcounts of one window of clusters, and in the first one of those behind all windows."""
-
-    def __init__(self, stored: StoredCounts, first: int, end: int, file_clusters: int) -> None:
-        self.first = first
-        self.counts = stored.window(first, end)
-        self._stored = stored
-        self._file_clusters = file_clusters
-
-    def change(self, clusters: Indices, counts: Counts) -> None:
-        inside = (clusters >= self.first) & (clusters < self.first + len(self.counts))
-        self.counts[clusters[inside] - self.first] = counts[inside]
-
-    def look_up(self, clusters: Indices) -> tuple[Counts, Mask | None]:
-        """(their counts, which of them are known here; None: all)."""
-        index = clusters - self.first if self.first else clusters
-        if not len(index) or (int(index.max()) < len(self.counts) and int(index.min()) >= 0):
-            return self.counts[index], None
-        inside = (index >= 0) & (index < len(self.counts))
-        counts = np.zeros(len(clusters), dtype=self.counts.dtype)
-        counts[inside] = self.counts[index[inside]]
-        if self.first == 0:
-            behind = clusters >= self._file_clusters
-            counts[behind] = self._stored.get(clusters[behind])
-            inside |= behind
-        return counts, inside

@@ -16,9 +16,9 @@ from lamina.formats.qcow2.arrays import (
     read_tables,
     read_words,
 )
+from lamina.formats.qcow2.census import count_uses
 from lamina.formats.qcow2.entries import Entries
 from lamina.formats.qcow2.layout import COPIED, OFFSET_MASK
-from lamina.formats.qcow2.references import count_uses
 from lamina.hints import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:

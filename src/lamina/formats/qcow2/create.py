@@ -64,6 +64,37 @@ def new_header(options: CreateOptions) -> Header:
     """The header that the options describe, tables not placed yet. Raises UsageError for values
     and combinations that make no sense."""
     version = _version(options)
+    _check_options(options, version)
+    header = Header(
+        version=version,
+        cluster_bits=options.cluster_size.bit_length() - 1,
+        size=round_up(options.size, SECTOR),
+        refcount_order=options.refcount_bits.bit_length() - 1,
+        header_length=V3_LENGTH if version >= 3 else V2_LENGTH,
+        compression_type=COMPRESSION_TYPES.index(options.compression_type),
+        compatible_features=COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        backing_file=options.backing_file,
+        backing_format=options.backing_fmt,
+    )
+    if header.compression_type:
+        header.incompatible_features |= INCOMPAT_COMPRESSION
+    if options.extended_l2:
+        header.incompatible_features |= INCOMPAT_EXTENDED_L2
+    if options.data_file is not None:
+        header.incompatible_features |= INCOMPAT_DATA_FILE
+        header.data_file = options.data_file
+        if options.data_file_raw:
+            header.autoclear_features |= AUTOCLEAR_RAW_DATA_FILE
+    if header.l1_entries_needed * 8 > MAX_L1:
+        raise UsageError(
+            "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+            errno=errno.EFBIG,
+        )
+    return header
+
+
+def _check_options(options: CreateOptions, version: int) -> None:
+    """Each of them, and what they are together, in the order in which QEMU looks at them."""
     _check_encryption(options)
     size = options.cluster_size
     if not 1 << MIN_CLUSTER_BITS <= size <= 1 << MAX_CLUSTER_BITS or size & (size - 1):
@@ -107,32 +138,6 @@ def new_header(options: CreateOptions) -> Header:
             "Non-zlib compression type is only supported with compatibility level 1.1 and above "
             "(use version=v3 or greater)"
         )
-    header = Header(
-        version=version,
-        cluster_bits=size.bit_length() - 1,
-        size=round_up(options.size, SECTOR),
-        refcount_order=bits.bit_length() - 1,
-        header_length=V3_LENGTH if version >= 3 else V2_LENGTH,
-        compression_type=COMPRESSION_TYPES.index(options.compression_type),
-        compatible_features=COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
-        backing_file=options.backing_file,
-        backing_format=options.backing_fmt,
-    )
-    if header.compression_type:
-        header.incompatible_features |= INCOMPAT_COMPRESSION
-    if options.extended_l2:
-        header.incompatible_features |= INCOMPAT_EXTENDED_L2
-    if options.data_file is not None:
-        header.incompatible_features |= INCOMPAT_DATA_FILE
-        header.data_file = options.data_file
-        if options.data_file_raw:
-            header.autoclear_features |= AUTOCLEAR_RAW_DATA_FILE
-    if header.l1_entries_needed * 8 > MAX_L1:
-        raise UsageError(
-            "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
-            errno=errno.EFBIG,
-        )
-    return header
 
 
 def _version(options: CreateOptions) -> int:

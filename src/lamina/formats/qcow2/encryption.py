@@ -11,7 +11,8 @@ from lamina.ciphers.luks.create import first_key, new_header
 from lamina.ciphers.luks.header import SIZE, parse
 from lamina.ciphers.luks.header import Header as LuksHeader
 from lamina.errors import ImageCorrupt, UsageError
-from lamina.formats.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NONE, CryptoExtension
+from lamina.formats.qcow2.extensions import CryptoExtension
+from lamina.formats.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NONE
 from lamina.hints import TYPE_CHECKING, Any
 from lamina.units import SECTOR, round_up
 

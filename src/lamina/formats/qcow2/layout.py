@@ -9,9 +9,26 @@ from __future__ import annotations
 import errno
 import struct
 
-from lamina.errors import ImageCorrupt, ImageUnsupported
+from lamina.errors import ImageUnsupported
+from lamina.formats.qcow2.extensions import (
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_CRYPTO,
+    EXT_DATA_FILE,
+    EXT_END,
+    EXT_FEATURE_NAMES,
+    NAMES_NEED_MORE_THAN,
+    BitmapsExtension,
+    CryptoExtension,
+    describe_features,
+    incompatible_names,
+    pack_extension,
+    pack_feature_names,
+    split_extensions,
+)
+from lamina.formats.qcow2.fields import bytes_of, header_error, text_of
 from lamina.records import dataclass, field
-from lamina.units import MIB, round_up
+from lamina.units import MIB
 
 MAGIC = b"QFI\xfb"
 
@@ -21,8 +38,6 @@ MAX_L1 = 32 * MIB
 MAX_SNAPSHOTS = 65536
 MIN_SNAPSHOT = 40
 """Bytes of an entry of the snapshot table without extra data and names."""
-MAX_BITMAPS = 65535
-MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS
 MAX_BACKING_NAME = 1023
 MAX_OFFSET = (1 << 63) - 1
 """File offsets are signed 64-bit numbers wherever files are kept."""
@@ -54,32 +69,8 @@ AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_DATA_FILE = 1 << 1
 AUTOCLEAR_KNOWN = 0x03
 
-FEATURE_NAMES = (
-    (0, 0, "dirty bit"),
-    (0, 1, "corrupt bit"),
-    (0, 2, "external data file"),
-    (0, 3, "compression type"),
-    (0, 4, "extended L2 entries"),
-    (1, 0, "lazy refcounts"),
-    (2, 0, "bitmaps"),
-    (2, 1, "raw external data"),
-)
-"""(word: 0 incompatible, 1 compatible, 2 autoclear; bit; name)"""
-
 COMPRESSION_TYPES = ("zlib", "zstd")
 CRYPT_NONE, CRYPT_AES, CRYPT_LUKS = 0, 1, 2
-
-# -- header extensions ---------------------------------------------------------------------------
-
-EXT_END = 0x00000000
-EXT_BACKING_FORMAT = 0xE2792ACA
-EXT_FEATURE_NAMES = 0x6803F857
-EXT_BITMAPS = 0x23852875
-EXT_CRYPTO = 0x0537BE77
-EXT_DATA_FILE = 0x44415441
-
-NAMES_NEED_MORE_THAN = 4096
-"""Bytes of a cluster: QEMU writes no feature name table into smaller headers."""
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
@@ -89,39 +80,6 @@ V3_LENGTH = 112
 
 assert _V2.size == V2_LENGTH
 assert V2_LENGTH + _V3.size == V3_MIN_LENGTH
-
-
-def corrupt(message: str, *, structure: str, field: str, offset: int) -> ImageCorrupt:
-    """The error for a figure that no image can have."""
-    return ImageCorrupt(
-        message,
-        format="qcow2",
-        structure=structure,
-        field=field,
-        offset=offset,
-        errno=errno.EINVAL,
-    )
-
-
-def _header_error(message: str, field: str, offset: int) -> ImageCorrupt:
-    return corrupt(message, structure="header", field=field, offset=offset)
-
-
-@dataclass
-class BitmapsExtension:
-    """Where the bitmap directory is ("Bitmaps extension")."""
-
-    count: int
-    directory_size: int
-    directory_offset: int
-
-
-@dataclass
-class CryptoExtension:
-    """Where the LUKS header is ("Full disk encryption header pointer")."""
-
-    offset: int
-    length: int
 
 
 @dataclass
@@ -209,7 +167,7 @@ class Header:
         Raises ImageCorrupt or ImageUnsupported, in the order in which QEMU looks at the fields.
         """
         if cluster[:4] != MAGIC:
-            raise _header_error("Image is not in qcow2 format", "magic", 0)
+            raise header_error("Image is not in qcow2 format", "magic", 0)
         version = int.from_bytes(cluster[4:8].ljust(4, b"\0"), "big")
         if version not in (2, 3):
             raise ImageUnsupported(
@@ -221,7 +179,7 @@ class Header:
             )
         fixed = V2_LENGTH if version == 2 else V3_MIN_LENGTH
         if len(cluster) < fixed:
-            raise _header_error("qcow2 header too short", "header_length", 100)
+            raise header_error("qcow2 header too short", "header_length", 100)
         (
             _,
             _,
@@ -238,7 +196,7 @@ class Header:
             snapshots_offset,
         ) = _V2.unpack_from(cluster)
         if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
-            raise _header_error(
+            raise header_error(
                 f"Unsupported cluster size: 2^{cluster_bits}", "cluster_bits", 20
             )
         header = cls(
@@ -257,16 +215,16 @@ class Header:
         if version == 3:
             header._parse_version_3(cluster)
         if backing_offset > header.cluster_size:
-            raise _header_error("Invalid backing file offset", "backing_file_offset", 8)
+            raise header_error("Invalid backing file offset", "backing_file_offset", 8)
         header._check_features(cluster, backing_offset)
         header._check_tables(check)
         header._parse_extensions(cluster, backing_offset)
         if header.crypt_method == CRYPT_LUKS and header.crypto is None:
-            raise _header_error("Missing CRYPTO header for crypt method 2", "crypt_method", 32)
+            raise header_error("Missing CRYPTO header for crypt method 2", "crypt_method", 32)
         if backing_offset:
             # The name ends with the first cluster, wherever it starts.
             if backing_size > min(MAX_BACKING_NAME, header.cluster_size - backing_offset):
-                raise _header_error("Backing file name too long", "backing_file_size", 16)
+                raise header_error("Backing file name too long", "backing_file_size", 16)
             name = cluster[backing_offset : backing_offset + backing_size]
             header.backing_file = text_of(name)
         return header
@@ -281,16 +239,16 @@ class Header:
         ) = _V3.unpack_from(cluster, V2_LENGTH)
         length = self.header_length
         if length < V3_MIN_LENGTH:
-            raise _header_error("qcow2 header too short", "header_length", 100)
+            raise header_error("qcow2 header too short", "header_length", 100)
         if length > self.cluster_size:
-            raise _header_error("qcow2 header exceeds cluster size", "header_length", 100)
+            raise header_error("qcow2 header exceeds cluster size", "header_length", 100)
         if length > V3_MIN_LENGTH:
             self.compression_type = cluster[V3_MIN_LENGTH] if len(cluster) > V3_MIN_LENGTH else 0
         self.unknown_tail = cluster[V3_LENGTH:length].ljust(max(0, length - V3_LENGTH), b"\0")
 
     def _check_features(self, cluster: bytes, backing_offset: int) -> None:
         if self.compression_type >= len(COMPRESSION_TYPES):
-            raise _header_error(
+            raise header_error(
                 f"qcow2: unknown compression type: {self.compression_type}",
                 "compression_type",
                 104,
@@ -298,29 +256,30 @@ class Header:
         flagged = bool(self.incompatible_features & INCOMPAT_COMPRESSION)
         if bool(self.compression_type) != flagged:
             must = "must not" if flagged else "must"
-            raise _header_error(
+            raise header_error(
                 f"qcow2: Compression type incompatible feature bit {must} be set",
                 "incompatible_features",
                 72,
             )
         unknown = self.incompatible_features & ~INCOMPAT_KNOWN
         if unknown:
-            names = self._feature_names(cluster, backing_offset)
+            end = backing_offset or self.cluster_size
+            names = incompatible_names(cluster, self.header_length, end)
             raise ImageUnsupported(
-                f"Unsupported qcow2 feature(s): {_describe(unknown, names)}",
+                f"Unsupported qcow2 feature(s): {describe_features(unknown, names)}",
                 format="qcow2",
                 structure="header",
                 field="incompatible_features",
                 offset=72,
             )
         if self.extended_l2 and self.cluster_size < 1 << 14:
-            raise _header_error(
+            raise header_error(
                 f"Unsupported subcluster size: {self.cluster_size // 32}",
                 "incompatible_features",
                 72,
             )
         if self.refcount_order > 6:
-            raise _header_error(
+            raise header_error(
                 "Reference count entry width too large; may not exceed 64 bits",
                 "refcount_order",
                 96,
@@ -329,11 +288,11 @@ class Header:
     def _check_tables(self, check: bool) -> None:
         bits = self.cluster_bits
         if self.refcount_table_clusters << bits > MAX_REFCOUNT_TABLE:
-            raise _header_error(
+            raise header_error(
                 "Reference count table too large", "refcount_table_clusters", 56
             )
         if self.refcount_table_clusters == 0 and not check:
-            raise _header_error(
+            raise header_error(
                 "Image does not contain a reference count table", "refcount_table_clusters", 56
             )
         self._check_table(
@@ -345,7 +304,7 @@ class Header:
         )
         if not check or self.nb_snapshots <= MAX_SNAPSHOTS:
             if self.nb_snapshots > MAX_SNAPSHOTS:
-                raise _header_error("Snapshot table too large", "nb_snapshots", 60)
+                raise header_error("Snapshot table too large", "nb_snapshots", 60)
             # The shortest entry is a bare header; the true length is known after parsing.
             self._check_table(
                 "Snapshot table",
@@ -355,67 +314,32 @@ class Header:
                 64,
             )
         if self.l1_size * 8 > MAX_L1:
-            raise _header_error("Active L1 table too large", "l1_size", 36)
+            raise header_error("Active L1 table too large", "l1_size", 36)
         self._check_table(
             "Active L1 table", self.l1_table_offset, self.l1_size * 8, "l1_table_offset", 40
         )
         needed = self.l1_entries_needed
         if needed > MAX_INT:
-            raise _header_error("Image is too big", "size", 24)
+            raise header_error("Image is too big", "size", 24)
         if self.l1_size < needed:
-            raise _header_error("L1 table is too small", "l1_size", 36)
+            raise header_error("L1 table is too small", "l1_size", 36)
 
     def _check_table(
         self, name: str, offset: int, length: int, field: str, field_offset: int
     ) -> None:
         if not is_valid_table(offset, length, self.cluster_size):
-            raise _header_error(f"{name} offset invalid", field, field_offset)
-
-    def _feature_names(self, cluster: bytes, backing_offset: int) -> dict[int, str]:
-        """Names of incompatible bits, as the image's feature name table has them."""
-        try:
-            extensions = list(self._extensions(cluster, backing_offset))
-        except ImageCorrupt:
-            return {}
-        names: dict[int, str] = {}
-        for type, data, _ in extensions:
-            if type == EXT_FEATURE_NAMES:
-                for start in range(0, len(data) - 2, 48):
-                    if data[start] == 0 and data[start + 1] < 64:
-                        text = text_of(data[start + 2 : start + 48].split(b"\0")[0])
-                        names.setdefault(data[start + 1], text)
-        return names
-
-    def _extensions(
-        self, cluster: bytes, backing_offset: int
-    ) -> list[tuple[int, bytes, int]]:
-        """(type, data, offset) of each extension up to the end marker."""
-        found = []
-        end = backing_offset or self.cluster_size
-        position = self.header_length
-        while position < end:
-            if position + 8 > end:
-                raise _header_error("Header extension too large", "extension", position)
-            type, length = struct.unpack(">II", cluster[position : position + 8].ljust(8, b"\0"))
-            if type == EXT_END:
-                break
-            position += 8
-            if length > end - position:
-                raise _header_error("Header extension too large", "extension", position - 8)
-            data = cluster[position : position + length].ljust(length, b"\0")
-            found.append((type, data, position - 8))
-            position += round_up(length, 8)
-        return found
+            raise header_error(f"{name} offset invalid", field, field_offset)
 
     def _parse_extensions(self, cluster: bytes, backing_offset: int) -> None:
         if self.crypt_method > CRYPT_LUKS:
-            raise _header_error(
+            raise header_error(
                 f"Unsupported encryption method {self.crypt_method}", "crypt_method", 32
             )
-        for type, data, offset in self._extensions(cluster, backing_offset):
+        end = backing_offset or self.cluster_size
+        for type, data, offset in split_extensions(cluster, self.header_length, end):
             if type == EXT_BACKING_FORMAT:
                 if len(data) >= 16:
-                    raise _header_error(
+                    raise header_error(
                         f"ERROR: ext_backing_format: len={len(data)} too large (>=16)",
                         "backing format",
                         offset,
@@ -424,63 +348,20 @@ class Header:
             elif type == EXT_DATA_FILE:
                 self.data_file = text_of(data)
             elif type == EXT_CRYPTO:
-                self._parse_crypto(data, offset)
+                if self.crypt_method != CRYPT_LUKS:
+                    raise header_error(
+                        "CRYPTO header extension only expected with LUKS encryption method",
+                        "encryption header",
+                        offset,
+                    )
+                self.crypto = CryptoExtension.parse(data, offset, self.cluster_size)
             elif type == EXT_BITMAPS:
-                self._parse_bitmaps(data, offset)
+                maintained = bool(self.autoclear_features & AUTOCLEAR_BITMAPS)
+                self.bitmaps = BitmapsExtension.parse(
+                    data, offset, self.cluster_size, maintained=maintained
+                )
             elif type != EXT_FEATURE_NAMES:
                 self.unknown_extensions.append((type, data))
-
-    def _parse_crypto(self, data: bytes, offset: int) -> None:
-        if self.crypt_method != CRYPT_LUKS:
-            raise _header_error(
-                "CRYPTO header extension only expected with LUKS encryption method",
-                "encryption header",
-                offset,
-            )
-        if len(data) != 16:
-            raise _header_error(
-                f"CRYPTO header extension size {len(data)}, but expected size 16",
-                "encryption header",
-                offset,
-            )
-        start, length = struct.unpack(">QQ", data)
-        if start % self.cluster_size:
-            raise _header_error(
-                f"Encryption header offset '{start}' is not a multiple of cluster size "
-                f"'{self.cluster_size}'",
-                "encryption header offset",
-                offset,
-            )
-        self.crypto = CryptoExtension(start, length)
-
-    def _parse_bitmaps(self, data: bytes, offset: int) -> None:
-        def fail(message: str) -> ImageCorrupt:
-            return _header_error(message, "bitmaps", offset)
-
-        if len(data) != 24:
-            raise fail("bitmaps_ext: Invalid extension length")
-        count, reserved, size, directory = struct.unpack(">IIQQ", data)
-        if not self.autoclear_features & AUTOCLEAR_BITMAPS:
-            # Somebody without bitmap support wrote here: the fields cannot be relied upon.
-            self.bitmaps = BitmapsExtension(count, size, directory)
-            return
-        if reserved:
-            raise fail("bitmaps_ext: Reserved field is not zero")
-        if count > MAX_BITMAPS:
-            raise fail(
-                f"bitmaps_ext: Image has {count} bitmaps, exceeding the QEMU supported maximum "
-                f"of {MAX_BITMAPS}"
-            )
-        if count == 0:
-            raise fail("found bitmaps extension with zero bitmaps")
-        if directory % self.cluster_size:
-            raise fail("bitmaps_ext: invalid bitmap directory offset")
-        if size > MAX_BITMAP_DIRECTORY:
-            raise fail(
-                f"bitmaps_ext: bitmap directory size ({size}) exceeds the maximum supported "
-                f"size ({MAX_BITMAP_DIRECTORY})"
-            )
-        self.bitmaps = BitmapsExtension(count, size, directory)
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -491,9 +372,9 @@ class Header:
         Raises ImageUnsupported (ENOSPC) if extensions and the backing file's name do not fit.
         """
         extensions = b"".join(
-            _pack_extension(t, data) for t, data in self._to_extensions(feature_names)
+            pack_extension(t, data) for t, data in self._to_extensions(feature_names)
         )
-        extensions += _pack_extension(EXT_END, b"")
+        extensions += pack_extension(EXT_END, b"")
         name = b"" if self.backing_file is None else bytes_of(self.backing_file)
         name_offset = self.header_length + len(extensions)
         fixed = _V2.pack(
@@ -538,19 +419,12 @@ class Header:
         if self.data_file is not None:
             result.append((EXT_DATA_FILE, bytes_of(self.data_file)))
         if self.crypto is not None:
-            data = struct.pack(">QQ", self.crypto.offset, self.crypto.length)
-            result.append((EXT_CRYPTO, data))
+            result.append((EXT_CRYPTO, self.crypto.pack()))
         # Small clusters need their room for the backing file's name.
         if feature_names and self.version >= 3 and self.cluster_size > NAMES_NEED_MORE_THAN:
-            names = b"".join(
-                bytes((word, bit)) + name.encode().ljust(46, b"\0")
-                for word, bit, name in FEATURE_NAMES
-            )
-            result.append((EXT_FEATURE_NAMES, names))
+            result.append((EXT_FEATURE_NAMES, pack_feature_names()))
         if self.bitmaps is not None:
-            ext = self.bitmaps
-            data = struct.pack(">IIQQ", ext.count, 0, ext.directory_size, ext.directory_offset)
-            result.append((EXT_BITMAPS, data))
+            result.append((EXT_BITMAPS, self.bitmaps.pack()))
         return result + self.unknown_extensions
 
 
@@ -566,32 +440,6 @@ def l1_entries_for(size: int, cluster_bits: int, l2_entries: int) -> int:
 def is_valid_table(offset: int, length: int, cluster_size: int) -> bool:
     """A table at ``offset`` is cluster-aligned and ends below 2^63."""
     return offset % cluster_size == 0 and offset + length <= MAX_OFFSET
-
-
-def _pack_extension(type: int, data: bytes) -> bytes:
-    return struct.pack(">II", type, len(data)) + data.ljust(round_up(len(data), 8), b"\0")
-
-
-def _describe(bits: int, names: dict[int, str]) -> str:
-    """Incompatible features that nobody here knows, by the image's own names for them."""
-    parts = []
-    for bit in range(64):
-        if bits >> bit & 1 and bit in names:
-            parts.append(names[bit])
-            bits &= ~(1 << bit)
-    if bits:
-        parts.append(f"Unknown incompatible feature: {bits:x}")
-    return ", ".join(parts)
-
-
-def text_of(data: bytes) -> str:
-    """File names are bytes; what is not UTF-8 survives the way back."""
-    return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def bytes_of(text: str) -> bytes:
-    """The other way round."""
-    return text.encode("utf-8", "surrogateescape")
 
 
 # -- compressed cluster descriptors --------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from lamina.engine.disk import Disk
+from lamina.engine.disk import Disk, mapping_of
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError
 from lamina.formats.qcow2.about import Inspected
 from lamina.formats.qcow2.layout import (
@@ -35,8 +35,7 @@ def open_disk(options: Options, context: OpenContext) -> Disk:
         return disk
     from lamina.formats.qcow2.mapping import Qcow2Mapping
 
-    mapping = disk.mapping
-    assert isinstance(mapping, Qcow2Mapping)
+    mapping = mapping_of(disk, Qcow2Mapping)
     if mapping.has_bitmaps:
         mapping.bitmaps.attach()
     elif not disk.read_only and not context.check:

@@ -12,9 +12,7 @@ from collections import Counter
 import numpy as np
 
 from lamina.formats.qcow2.arrays import (
-    Counts,
     Indices,
-    Mask,
     TableRun,
     Words,
     read_tables,
@@ -22,6 +20,7 @@ from lamina.formats.qcow2.arrays import (
     straight_tables,
 )
 from lamina.formats.qcow2.bitmap_check import BitmapWalk
+from lamina.formats.qcow2.census import Census, count_uses
 from lamina.formats.qcow2.entries import Entries, Trouble, beyond
 from lamina.formats.qcow2.layout import (
     COPIED,
@@ -33,16 +32,13 @@ from lamina.formats.qcow2.layout import (
     REFTABLE_RESERVED,
     Header,
 )
-from lamina.formats.qcow2.snapshot_layout import Snapshot
-from lamina.hints import TYPE_CHECKING, Any, Protocol
+from lamina.formats.qcow2.regions import Regions, is_l1_usable, protected_regions
+from lamina.formats.qcow2.snapshot_layout import Snapshot, snapshot_table_length
+from lamina.hints import TYPE_CHECKING, Protocol
 from lamina.records import dataclass
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
-
-WINDOW = 1 << 26
-"""Clusters that are counted in one pass over the tables: 128 MiB of 16-bit counts."""
-
 
 class Findings(Protocol):
     """Who hears of inconsistencies, in order."""
@@ -67,55 +63,6 @@ class Statistics:
     compressed: int = 0
 
 
-class Census:
-    """Reference counts of the clusters from ``first`` on."""
-
-    def __init__(self, first: int, count: int, dtype: type[np.unsignedinteger[Any]]) -> None:
-        self.first = first
-        self.counts: Counts = np.zeros(count, dtype=dtype)
-        self.windows: set[int] = set()
-        """Other windows, in which clusters lie that were to be counted."""
-        self._total = 0
-        self._most = int(np.iinfo(dtype).max)
-
-    def add(self, clusters: Indices, weight: int = 1) -> None:
-        """Count each of these clusters ``weight`` more times; those elsewhere are ignored."""
-        if not len(clusters):
-            return
-        low, high = int(clusters.min()) - self.first, int(clusters.max()) - self.first
-        if low < 0 or high >= len(self.counts):
-            inside = (clusters >= self.first) & (clusters < self.first + len(self.counts))
-            self.windows.update((np.unique(clusters[~inside]) // WINDOW).tolist())
-            clusters = clusters[inside]
-        step = self._step(weight, len(clusters))
-        if high - low == len(clusters) - 1 and (np.diff(clusters) == 1).all():
-            self.counts[low : high + 1] += step
-        else:
-            np.add.at(self.counts, clusters - self.first if self.first else clusters, step)
-
-    def add_run(self, first: int, count: int, weight: int = 1) -> None:
-        low = max(first - self.first, 0)
-        high = min(first + count - self.first, len(self.counts))
-        if high - low < count:
-            self.windows.update(range(first // WINDOW, (first + count - 1) // WINDOW + 1))
-        if low < high:
-            self.counts[low:high] += self._step(weight, high - low)
-
-    def _step(self, weight: int, clusters: int) -> np.unsignedinteger[Any]:
-        self._total += weight * clusters
-        step: np.unsignedinteger[Any] = self.counts.dtype.type(min(weight, self._most))
-        return step
-
-    def get(self, cluster: int) -> int:
-        """The count so far; 0 for clusters elsewhere."""
-        index = cluster - self.first
-        return int(self.counts[index]) if 0 <= index < len(self.counts) else 0
-
-    def is_exact(self) -> bool:
-        """No counter went past its end: the sum tells."""
-        return int(self.counts.sum(dtype=np.uint64)) == self._total
-
-
 class Walk:
     """One pass over all tables of an image."""
 
@@ -137,7 +84,7 @@ class Walk:
         self.census = census
         self.findings = findings
         self.first_pass = first_pass
-        self.l1_usable = self._is_l1_usable()
+        self.l1_usable = is_l1_usable(file, header, snapshots)
         """Otherwise next to nothing is known about the image, and nothing in it may change."""
         self.mends = first_pass and findings.mends and self.l1_usable
         self.bits = header.cluster_bits
@@ -157,7 +104,7 @@ class Walk:
 
     def run(self) -> None:
         header = self.header
-        self._protected = self._find_protected()
+        self._protected = protected_regions(self.file, header, self.snapshots)
         self.count_region(0, self.cluster_size)
         self._l1(header.l1_table_offset, header.l1_size, active=True)
         # Several snapshots that name one L1 table would cost a walk each.
@@ -453,121 +400,7 @@ class Walk:
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def _is_l1_usable(self) -> bool:
-        """Whether the active L1 table lies in the file, and not on what it cannot share."""
-        header = self.header
-        offset, length = header.l1_table_offset, header.l1_size * 8
-        if not length:
-            return True
-        if offset == 0 or offset + length - self.file_size >= header.cluster_size:
-            return False
-        bits = header.cluster_bits
-        regions = Regions()
-        first = header.refcount_table_offset >> bits
-        regions.add(first, first + header.refcount_table_clusters)
-        for place in self._block_places():
-            regions.add(place >> bits, (place >> bits) + 1)
-        if self.snapshots:
-            end = header.snapshots_offset + snapshot_table_length(self.snapshots)
-            regions.add(header.snapshots_offset >> bits, (end - 1 >> bits) + 1)
-        clusters = np.arange(offset >> bits, ((offset + length - 1) >> bits) + 1)
-        if not regions.contain(clusters).any():
-            return True
-        # One of the header's fields is wrong. If this looks like an L1 table, it is the other one.
-        entries = read_words(self.file, offset, header.l1_size)
-        entries = entries[entries != 0]
-        places = entries & np.uint64(OFFSET_MASK)
-        plausible = (entries & np.uint64(L1_RESERVED)) == 0
-        plausible &= (places & np.uint64(header.cluster_size - 1)) == 0
-        plausible &= (places != 0) & (places < np.uint64(self.file_size))
-        if not self.snapshots:
-            plausible &= (entries & np.uint64(COPIED)) != 0
-        return bool(plausible.all())
-
-    def _block_places(self) -> list[int]:
-        """Host offsets of all refcount blocks that lie in the file."""
-        header = self.header
-        entries = header.refcount_table_clusters << (header.cluster_bits - 3)
-        table = read_words(self.file, header.refcount_table_offset, entries)
-        table &= np.uint64(REFTABLE_OFFSET_MASK)
-        usable = (table != 0) & (table < np.uint64(self.file_size))
-        usable &= (table & np.uint64(header.cluster_size - 1)) == 0
-        places: list[int] = table[usable].tolist()
-        return places
-
-    def _find_protected(self) -> Regions:
-        """Tables of other kinds: what looks like an L2 table there is not to be mended."""
-        header, bits = self.header, self.bits
-        regions = Regions()
-
-        def add(offset: int, length: int, vital: str = "") -> None:
-            regions.add(offset >> bits, (offset + length + self.cluster_size - 1) >> bits, vital)
-
-        add(0, self.cluster_size, "the header")
-        add(header.l1_table_offset, header.l1_size * 8, "the active L1 table")
-        length = header.refcount_table_clusters << bits
-        add(header.refcount_table_offset, length)
-        for place in self._block_places():
-            add(place, self.cluster_size)
-        add(header.snapshots_offset, snapshot_table_length(self.snapshots))
-        for snapshot in self.snapshots:
-            add(snapshot.l1_table_offset, snapshot.l1_size * 8)
-        return regions
-
     def _write_words(self, offset: int, words: Words) -> None:
         data = words.astype(">u8").tobytes()
         self.file.write(offset, data[: max(self.file_size - offset, 0)])
         self.wrote = True
-
-
-class Regions:
-    """Runs of clusters that are known to serve a purpose."""
-
-    def __init__(self) -> None:
-        self._spans: list[tuple[int, int]] = []
-        self._vital: list[tuple[int, int, str]] = []
-        self._sorted: tuple[Indices, Indices] | None = None
-
-    def add(self, first: int, end: int, vital: str = "") -> None:
-        """``vital``: the name of what an image cannot do without and nobody can derive again."""
-        if first < end:
-            self._spans.append((first, end))
-            self._sorted = None
-            if vital:
-                self._vital.append((first, end, vital))
-
-    def contain(self, clusters: Indices) -> Mask:
-        """Which of these clusters lie in one of the regions."""
-        if not self._spans:
-            return np.zeros(len(clusters), dtype=np.bool_)
-        if self._sorted is None:
-            spans = np.array(sorted(self._spans), dtype=np.int64)
-            # The furthest end of this region and all before it: regions may overlap.
-            self._sorted = spans[:, 0].copy(), np.maximum.accumulate(spans[:, 1])
-        starts, ends = self._sorted
-        index = np.searchsorted(starts, clusters, side="right") - 1
-        inside: Mask = (index >= 0) & (clusters < ends[index])
-        return inside
-
-    def vital(self, cluster: int) -> str:
-        """The name of the vital table in this cluster; empty if there is none."""
-        for first, end, name in self._vital:
-            if first <= cluster < end:
-                return name
-        return ""
-
-
-def count_uses(offsets: Indices) -> tuple[Indices, Indices]:
-    """(indices at which an offset occurs for the first time, how often each occurs, counted there
-    and 0 elsewhere)."""
-    if len(offsets) < 2 or (np.diff(offsets) > 0).all():
-        return np.arange(len(offsets)), np.ones(len(offsets), dtype=np.int64)
-    _, first, count = np.unique(offsets, return_index=True, return_counts=True)
-    weights = np.zeros(len(offsets), dtype=np.int64)
-    weights[first] = count
-    return np.sort(first), weights
-
-
-def snapshot_table_length(snapshots: list[Snapshot]) -> int:
-    """Bytes that the entries take."""
-    return snapshots[-1].entry_offset + snapshots[-1].entry_length if snapshots else 0

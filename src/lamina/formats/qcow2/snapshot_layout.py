@@ -8,7 +8,8 @@ from __future__ import annotations
 import struct
 
 from lamina.errors import ImageCorrupt
-from lamina.formats.qcow2.layout import MIN_SNAPSHOT, bytes_of, corrupt, text_of
+from lamina.formats.qcow2.fields import bytes_of, corrupt, text_of
+from lamina.formats.qcow2.layout import MIN_SNAPSHOT
 from lamina.records import dataclass
 from lamina.units import MIB, round_up
 
@@ -43,6 +44,11 @@ class Snapshot:
     entry_offset: int = 0
     """Of the entry in the table."""
     entry_length: int = 0
+
+
+def snapshot_table_length(snapshots: list[Snapshot]) -> int:
+    """Bytes that the entries take."""
+    return snapshots[-1].entry_offset + snapshots[-1].entry_length if snapshots else 0
 
 
 def parse_snapshots(table: bytes, count: int) -> list[Snapshot]:

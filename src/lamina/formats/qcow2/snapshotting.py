@@ -21,13 +21,13 @@ from lamina.formats.qcow2.allocation import Cause, Freed
 from lamina.formats.qcow2.header import is_lazy, write_features
 from lamina.formats.qcow2.layout import COPIED, INCOMPAT_DIRTY, MAX_SNAPSHOTS
 from lamina.formats.qcow2.refcounts import read_table, to_big_endian
-from lamina.formats.qcow2.references import snapshot_table_length
 from lamina.formats.qcow2.resize import unmap
 from lamina.formats.qcow2.snapshot_layout import (
     MAX_SNAPSHOT_TABLE,
     Snapshot,
     pack_snapshots,
     parse_snapshots,
+    snapshot_table_length,
 )
 from lamina.formats.qcow2.snapshots import check_l1
 from lamina.formats.qcow2.trees import Tree, clear_copied, set_copied

@@ -10,6 +10,7 @@ from lamina.formats.qcow2.arrays import (
     BATCH,
     Counts,
     Indices,
+    Mask,
     Words,
     count_type,
     pack_counts,
@@ -118,6 +119,34 @@ class StoredCounts:
         place = int(self.table[block])
         data = pack_counts(counts, self.order)
         self.file.write(place, data[: max(self.file.size - place, 0)])
+
+
+class WindowCounts:
+    """Refcounts of one window of clusters, and in the first one of those behind all windows."""
+
+    def __init__(self, stored: StoredCounts, first: int, end: int, file_clusters: int) -> None:
+        self.first = first
+        self.counts = stored.window(first, end)
+        self._stored = stored
+        self._file_clusters = file_clusters
+
+    def change(self, clusters: Indices, counts: Counts) -> None:
+        inside = (clusters >= self.first) & (clusters < self.first + len(self.counts))
+        self.counts[clusters[inside] - self.first] = counts[inside]
+
+    def look_up(self, clusters: Indices) -> tuple[Counts, Mask | None]:
+        """(their counts, which of them are known here; None: all)."""
+        index = clusters - self.first if self.first else clusters
+        if not len(index) or (int(index.max()) < len(self.counts) and int(index.min()) >= 0):
+            return self.counts[index], None
+        inside = (index >= 0) & (index < len(self.counts))
+        counts = np.zeros(len(clusters), dtype=self.counts.dtype)
+        counts[inside] = self.counts[index[inside]]
+        if self.first == 0:
+            behind = clusters >= self._file_clusters
+            counts[behind] = self._stored.get(clusters[behind])
+            inside |= behind
+        return counts, inside
 
 
 def _neighbours(blocks: Indices, most: int) -> Iterator[Indices]:

@@ -13,12 +13,12 @@ import numpy as np
 
 from lamina.errors import ImageCorrupt, StorageError
 from lamina.formats.qcow2.arrays import Counts, pack_counts, read_words
-from lamina.formats.qcow2.check import WindowCounts
+from lamina.formats.qcow2.census import WINDOW, Census
 from lamina.formats.qcow2.copied import Lookup, check_copied
 from lamina.formats.qcow2.layout import REFTABLE_OFFSET_MASK
 from lamina.formats.qcow2.refblock import Width
-from lamina.formats.qcow2.references import WINDOW, Census, Walk
-from lamina.formats.qcow2.stored import CountRun, StoredCounts
+from lamina.formats.qcow2.references import Walk
+from lamina.formats.qcow2.stored import CountRun, StoredCounts, WindowCounts
 from lamina.hints import TYPE_CHECKING
 from lamina.units import round_up
 

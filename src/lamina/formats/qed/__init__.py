@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.qed.options import QedCreateOptions
 from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lamina.block.context import CreateContext, OpenContext
     from lamina.block.driver import NoOptions
     from lamina.block.node import Node
@@ -58,16 +59,11 @@ class QedDriver(Driver):
             make_empty(mapping)
 
 
-@contextmanager
-def _exclusive(node: Node) -> Iterator[QedMapping]:
-    """The mapping of an open image, while nobody else changes it."""
-    from lamina.engine.disk import Disk
+def _exclusive(node: Node) -> AbstractContextManager[QedMapping]:
+    from lamina.engine.disk import exclusive
     from lamina.formats.qed.mapping import QedMapping
 
-    assert isinstance(node, Disk)
-    assert isinstance(node.mapping, QedMapping)
-    with node.exclusive():
-        yield node.mapping
+    return exclusive(node, QedMapping)
 
 
 DRIVER = QedDriver()

@@ -37,14 +37,12 @@ class VdiDriver(Driver):
         return measure(options, source)
 
     def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
-        from lamina.engine.disk import Disk
+        from lamina.engine.disk import exclusive
         from lamina.formats.vdi.check import check
         from lamina.formats.vdi.mapping import VdiMapping
 
-        assert isinstance(node, Disk)
-        assert isinstance(node.mapping, VdiMapping)
-        with node.exclusive():
-            return check(node.mapping, fix, report)
+        with exclusive(node, VdiMapping) as mapping:
+            return check(mapping, fix, report)
 
 
 DRIVER = VdiDriver()

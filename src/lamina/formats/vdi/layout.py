@@ -5,6 +5,7 @@ Header 1.1: 512 bytes, of which the first 72 are a text for people, a signature 
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from lamina.errors import ImageCorrupt, ImageUnsupported, LaminaError, StorageError
@@ -173,7 +174,7 @@ def check_size(size: int) -> None:
     if size > MAX_SIZE:
         raise StorageError(
             f"Unsupported VDI image size (size is {size:#x}, max supported is {MAX_SIZE:#x})",
-            errno=95,
+            errno=errno.ENOTSUP,
             format="vdi",
             structure="header",
             field="disk_size",

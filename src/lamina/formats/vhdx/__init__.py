@@ -9,6 +9,8 @@ from lamina.formats.vhdx.options import VhdxCreateOptions
 from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lamina.block.context import CreateContext, OpenContext
     from lamina.block.node import Node
     from lamina.formats.vhdx.mapping import VhdxMapping
@@ -38,33 +40,28 @@ class VhdxDriver(Driver):
     def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
         from lamina.formats.vhdx.check import check
 
-        mapping = _mapping(node)
-        with mapping.disk.exclusive():
+        with _exclusive(node) as mapping:
             return check(mapping, fix, report)
 
     def change_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
         from lamina.formats.vhdx.parent import change_parent
 
-        mapping = _mapping(node)
-        with mapping.disk.exclusive():
+        with _exclusive(node) as mapping:
             change_parent(mapping, filename, format)
 
     def make_empty(self, node: Node) -> None:
         from lamina.formats.vhdx.parent import make_empty
 
-        mapping = _mapping(node)
-        with mapping.disk.exclusive():
+        with _exclusive(node) as mapping:
             mapping.disk.writer.open_gate()
             make_empty(mapping)
 
 
-def _mapping(node: Node) -> VhdxMapping:
-    from lamina.engine.disk import Disk
+def _exclusive(node: Node) -> AbstractContextManager[VhdxMapping]:
+    from lamina.engine.disk import exclusive
     from lamina.formats.vhdx.mapping import VhdxMapping
 
-    assert isinstance(node, Disk)
-    assert isinstance(node.mapping, VhdxMapping)
-    return node.mapping
+    return exclusive(node, VhdxMapping)
 
 
 DRIVER = VhdxDriver()

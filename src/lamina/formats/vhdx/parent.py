@@ -94,8 +94,7 @@ def change_parent(mapping: VhdxMapping, filename: str | None, format: str | None
             raise ImageUnsupported("The backing file of a vhdx image must be one as well")
         guid = Headers(file).current.data_write_guid
     finally:
-        if not file.users:
-            file.close()
+        file.close_unused()
     write_locator(mapping, locator.for_parent(filename, guid))
     mapping.image.parent_name = locator.filenames(mapping.image.parent)[0]
 

@@ -9,8 +9,11 @@ from lamina.formats.vmdk.options import VmdkCreateOptions
 from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lamina.block.context import CreateContext, OpenContext
     from lamina.block.node import Node
+    from lamina.formats.vmdk.mapping import VmdkMapping
 
 
 class VmdkDriver(Driver):
@@ -41,18 +44,22 @@ class VmdkDriver(Driver):
     def check(self, node: Node, fix: Fix, report: Callable[[str], None]) -> CheckResult:
         from lamina.formats.vmdk.check import check
 
-        return check(node, fix, report)
+        with _exclusive(node) as mapping:
+            return check(mapping, fix, report)
 
     def make_empty(self, node: Node) -> None:
-        from lamina.engine.disk import Disk
         from lamina.formats.vmdk.empty import make_empty
-        from lamina.formats.vmdk.mapping import VmdkMapping
 
-        assert isinstance(node, Disk)
-        assert isinstance(node.mapping, VmdkMapping)
-        with node.exclusive():
-            node.writer.open_gate()
-            make_empty(node.mapping)
+        with _exclusive(node) as mapping:
+            mapping.disk.writer.open_gate()
+            make_empty(mapping)
+
+
+def _exclusive(node: Node) -> AbstractContextManager[VmdkMapping]:
+    from lamina.engine.disk import exclusive
+    from lamina.formats.vmdk.mapping import VmdkMapping
+
+    return exclusive(node, VmdkMapping)
 
 
 DRIVER = VmdkDriver()

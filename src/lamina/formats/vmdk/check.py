@@ -11,7 +11,6 @@ import numpy as np
 
 from lamina.block.driver import CheckResult, Fix
 from lamina.block.extents import Kind
-from lamina.engine.disk import Disk
 from lamina.errors import ImageCorrupt
 from lamina.formats.vmdk.extents import GrainExtent
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN_MARKER_SIZE, UNCLEAN_FIELD, parse_marker
@@ -24,7 +23,6 @@ from lamina.units import SECTOR, round_up
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from lamina.block.node import Node
     from lamina.formats.vmdk.mapping import VmdkMapping
 
     Sectors = npt.NDArray[np.int64]
@@ -38,26 +36,20 @@ _MARKERS = 4096
 """Markers of compressed grains that are read with one call."""
 
 
-def check(node: Node, fix: Fix, report: Report) -> CheckResult:
+def check(mapping: VmdkMapping, fix: Fix, report: Report) -> CheckResult:
     """Raises what reading the image raises; damage is counted."""
-    from lamina.formats.vmdk.mapping import VmdkMapping
-
-    assert isinstance(node, Disk)
-    disk, mapping = node, node.mapping
-    assert isinstance(mapping, VmdkMapping)
     result = CheckResult()
-    with disk.exclusive():
-        if not disk.read_only:
-            # Tables are looked at where they are stored.
-            mapping.flush()
-        for extent in mapping.extents:
-            if isinstance(extent, SparseExtent):
-                SparseCheck(mapping, extent, fix, report, result).run()
-            elif isinstance(extent, GrainExtent):
-                GrainCheck(extent, report, result).run()
-        if fix != Fix():
-            mapping.metadata.commit()
-            mapping.metadata.barrier()
+    if not mapping.disk.read_only:
+        # Tables are looked at where they are stored.
+        mapping.flush()
+    for extent in mapping.extents:
+        if isinstance(extent, SparseExtent):
+            SparseCheck(mapping, extent, fix, report, result).run()
+        elif isinstance(extent, GrainExtent):
+            GrainCheck(extent, report, result).run()
+    if fix != Fix():
+        mapping.metadata.commit()
+        mapping.metadata.barrier()
     return result
 
 

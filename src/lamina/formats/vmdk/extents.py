@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from lamina.block.extents import Columns, Extent, Kind
+from lamina.engine.coalescing import append_extent
 from lamina.engine.mapping import Piece
 from lamina.errors import ImageCorrupt, Refused, StorageError
 from lamina.hints import TYPE_CHECKING
@@ -176,7 +177,7 @@ class GrainExtent(VmdkExtent):
         for number, count, sectors in self.entries(first, last - first):
             place = self.start + number * grain
             if sectors is None or not any(sectors):
-                self._append(found, Extent(place, count * grain, Kind.BELOW))
+                append_extent(found, Extent(place, count * grain, Kind.BELOW))
                 continue
             for index, sector in enumerate(sectors):
                 here = place + index * grain
@@ -184,26 +185,11 @@ class GrainExtent(VmdkExtent):
                     extent = self._grain(here, sector, sectors, index)
                 else:
                     extent = Extent(here, grain, Kind.ZERO if sector else Kind.BELOW)
-                self._append(found, extent)
+                append_extent(found, extent)
         if found:
             found[0] = found[0].cut(offset, found[0].end)
             found[-1] = found[-1].cut(found[-1].guest_offset, end)
         return found
-
-    @staticmethod
-    def _append(found: list[Extent], extent: Extent) -> None:
-        """Joined to the last one where both are of one kind and adjoin in the file too."""
-        if found:
-            last = found[-1]
-            kind = last.kind
-            if kind is extent.kind and (
-                last.host_offset + last.length == extent.host_offset
-                if kind is Kind.DATA
-                else kind is not Kind.ENCODED
-            ):
-                found[-1] = last._replace(length=last.length + extent.length)
-                return
-        found.append(extent)
 
     def _grain(self, guest_offset: int, sector: int, sectors: Entries, index: int) -> Extent:
         place = self.place(guest_offset, sector)

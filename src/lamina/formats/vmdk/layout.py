@@ -39,8 +39,6 @@ GRAIN = 64 << 10
 """Bytes of a grain, as everybody writes them."""
 TABLE_ENTRIES = 512
 ENTRY_SIZE = 4
-ZERO_ENTRY = 1
-"""A grain that reads as zeroes, with ZEROED_GRAINS."""
 MAX_GRAIN = 64 << 20
 """Bytes: a thousand times the usual. Grains are decoded and copied as a whole."""
 MAX_DIRECTORY_ENTRIES = 32 << 20

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from lamina.block.driver import CheckResult, Driver, Fix, Measurement
 from lamina.formats.vpc.options import VpcCreateOptions, VpcOptions
 from lamina.hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lamina.block.context import CreateContext, OpenContext
     from lamina.block.node import Node
     from lamina.formats.vpc.mapping import VpcMapping
@@ -64,16 +65,11 @@ class VpcDriver(Driver):
             make_empty(mapping)
 
 
-@contextmanager
-def _exclusive(node: Node) -> Iterator[VpcMapping]:
-    """The mapping of an open image, while nobody else changes it."""
-    from lamina.engine.disk import Disk
+def _exclusive(node: Node) -> AbstractContextManager[VpcMapping]:
+    from lamina.engine.disk import exclusive
     from lamina.formats.vpc.mapping import VpcMapping
 
-    assert isinstance(node, Disk)
-    assert isinstance(node.mapping, VpcMapping)
-    with node.exclusive():
-        yield node.mapping
+    return exclusive(node, VpcMapping)  # type: ignore[type-abstract]
 
 
 DRIVER = VpcDriver()

@@ -165,8 +165,7 @@ def linkage_by_name(disk: Disk, filename: str) -> Linkage:
     except ImageCorrupt:
         raise ImageUnsupported("The backing file of a vpc image must be one as well") from None
     finally:
-        if not file.users:
-            file.close()
+        file.close_unused()
 
 
 def check_parent(header: Header, parent: Node) -> None:

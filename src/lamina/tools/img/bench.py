@@ -13,10 +13,9 @@ from lamina.tools.arguments import (
     OBJECT,
     QUIET,
     Option,
-    WrongUsage,
     number,
 )
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import check_format_options, open_given
 from lamina.tools.tool import EXIT_FAILURE, EXIT_OK, Tool
 
@@ -101,8 +100,7 @@ COMMAND = Command(
 
 def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
+    filename = image_name(given)
     write = given.flag("write")
     depth = given.value("depth", 64)
     interval = given.value("flush-interval", 0)
@@ -129,7 +127,7 @@ def run(arguments: list[str], tool: Tool) -> int:
     with open_given(
         tool,
         given,
-        given.operands[0],
+        filename,
         writable=write,
         cache=given.value("cache", "writeback"),
         options={"file.aio": "native"} if native else None,

@@ -20,7 +20,7 @@ from lamina.tools.arguments import (
     Option,
     WrongUsage,
 )
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import check_cache_mode, check_format_options, open_given
 from lamina.tools.output import to_json
 from lamina.tools.tool import EXIT_FAILURE, EXIT_OK, Tool
@@ -58,10 +58,8 @@ COMMAND = Command(
 
 def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
+    filename = image_name(given)
     check_format_options(given)
-    filename = given.operands[0]
     fix = given.value("repair", Fix())
     as_json, quiet = given.value("output", False), given.flag("quiet")
     cache = check_cache_mode(given.value("cache", "writeback"), source=True)

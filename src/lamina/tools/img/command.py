@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lamina.records import dataclass
-from lamina.tools.arguments import Option, Parsed, parse
+from lamina.tools.arguments import Option, Parsed, WrongUsage, parse
 from lamina.tools.tool import EXIT_OK, Exit, Tool
 
 
@@ -29,3 +29,10 @@ class Command:
             for text in given.values("object"):
                 objects.add_object(tool, text)
         return given
+
+
+def image_name(given: Parsed) -> str:
+    """The only operand. Raises WrongUsage if there is none or are others."""
+    if len(given.operands) != 1:
+        raise WrongUsage("Expecting one image file name")
+    return given.operands[0]

@@ -13,11 +13,10 @@ from lamina.tools.arguments import (
     PROGRESS,
     QUIET,
     Option,
-    WrongUsage,
     number,
 )
 from lamina.tools.bitmaps import fail_to_close, store_bitmaps
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import check_cache_mode, check_format_options, open_given
 from lamina.tools.tool import EXIT_OK, Tool
 
@@ -46,9 +45,7 @@ COMMAND = Command(
 
 def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
-    filename = given.operands[0]
+    filename = image_name(given)
     check_format_options(given)
     cache = check_cache_mode(given.value("cache", "writeback"))
 

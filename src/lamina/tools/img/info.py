@@ -19,9 +19,8 @@ from lamina.tools.arguments import (
     OUTPUT,
     Option,
     Parsed,
-    WrongUsage,
 )
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import check_format_options, open_image
 from lamina.tools.output import to_json, tree_lines
 from lamina.tools.tool import EXIT_OK, Tool
@@ -62,11 +61,10 @@ class Described:
 
 def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
+    filename = image_name(given)
     check_format_options(given)
     whole_chain = given.flag("backing-chain")
-    images = list(_images(tool, given, given.operands[0], whole_chain))
+    images = list(_images(tool, given, filename, whole_chain))
     if given.value("output", False):
         values = [json_value(image) for image in images]
         text = to_json(values if whole_chain else values[0])

@@ -17,10 +17,9 @@ from lamina.tools.arguments import (
     OBJECT,
     OUTPUT,
     Option,
-    WrongUsage,
     number,
 )
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import check_format_options, open_given
 from lamina.tools.tool import EXIT_OK, Tool
 
@@ -60,11 +59,10 @@ _HEADER = f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n"
 
 def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
+    filename = image_name(given)
     check_format_options(given)
     as_json = given.value("output", False)
-    with open_given(tool, given, given.operands[0]) as image:
+    with open_given(tool, given, filename) as image:
         if not as_json:
             sys.stdout.write(_HEADER)
         start = given.value("start-offset", 0)

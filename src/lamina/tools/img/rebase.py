@@ -18,7 +18,7 @@ from lamina.tools.arguments import (
     Parsed,
     WrongUsage,
 )
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import (
     check_cache_mode,
     check_format_options,
@@ -54,9 +54,7 @@ COMMAND = Command(
 
 def run(arguments: list[str], tool: Tool) -> int:
     given = COMMAND.parse(arguments, tool)
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
-    filename = given.operands[0]
+    filename = image_name(given)
     unsafe = given.flag("backing-unsafe")
     if not unsafe and not given.flag("backing"):
         raise WrongUsage("Must specify backing file (-b) or use unsafe mode (-u)")

@@ -16,7 +16,7 @@ from lamina.tools.arguments import (
     Option,
     WrongUsage,
 )
-from lamina.tools.img.command import Command
+from lamina.tools.img.command import Command, image_name
 from lamina.tools.opening import check_format_options, open_given
 from lamina.tools.tool import EXIT_OK, Tool
 
@@ -46,12 +46,11 @@ def run(arguments: list[str], tool: Tool) -> int:
     chosen = [(key, value) for key, value in given.given if key in _ACTIONS]
     if len(chosen) > 1:
         raise WrongUsage("Cannot mix '-l', '-a', '-c', '-d'")
-    if len(given.operands) != 1:
-        raise WrongUsage("Expecting one image file name")
+    filename = image_name(given)
     check_format_options(given)
     action, name = chosen[0] if chosen else ("list", "")
     changes = action != "list"
-    with open_given(tool, given, given.operands[0], writable=changes) as image:
+    with open_given(tool, given, filename, writable=changes) as image:
         from lamina.block import registry
 
         layer = image.node.unfiltered
