@@ -236,6 +236,7 @@ nofile
 --object secret disk.raw
 -p 0 -b 1.2.3.4 -f raw disk.raw
 --fork --pid-file /nodir/x -p 0 -f raw disk.raw
+--pid-file . -p 0 -f raw disk.raw
 -l foo -p 0 disk.qcow2
 -l snapshot.foo=1 -p 0 disk.qcow2
 --tls-creds=x --object tls-creds-anon,id=x,endpoint=client -p 0 -f raw disk.raw
@@ -325,22 +326,40 @@ def test_ends_with_its_last_client(tmp_path: Path) -> None:
     assert disk.read_bytes()[:65536] == b"\x09" * 65536
 
 
-def test_fork_and_pid_file(tmp_path: Path) -> None:
+def runs(number: int) -> bool:
+    try:
+        # Empty: it has ended, and nobody has waited for it yet.
+        return bool(Path(f"/proc/{number}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("tool", [BIN / "lamina-nbd", "qemu-nbd"])
+def test_fork_and_pid_file(tmp_path: Path, tool: Path | str) -> None:
+    """The file stays: QEMU's own tests remove it after they have sent the signal."""
     disk, socket, pid = image(tmp_path, "raw"), tmp_path / "socket", tmp_path / "pid"
-    run(
-        BIN / "lamina-nbd", "--fork", "--pid-file", pid, "-t", "-k", socket, "-f", "raw", disk
-    )
+    pid.write_text("left behind by a process whose number was longer\n")
+    run(tool, "--fork", "--pid-file", pid, "-t", "-k", socket, "-f", "raw", disk)
     number = int(pid.read_text())
     try:
         run("qemu-io", "-f", "raw", "-c", "write -P 3 0 512", url(socket, ""))
+        second = subprocess.run(
+            [tool, "--pid-file", pid, "-r", "-k", f"{socket}2", "-f", "raw", "null-co://"],
+            capture_output=True,
+            timeout=20,
+        )
+        assert second.returncode == 1
+        assert b"Cannot lock pid file: Resource temporarily unavailable" in second.stderr
     finally:
         os.kill(number, signal.SIGTERM)
     deadline = time.monotonic() + 20
-    while socket.exists() or pid.exists():
+    while runs(number):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    assert int(pid.read_text()) == number
+    assert not socket.exists()
     failed = subprocess.run(
-        [BIN / "lamina-nbd", "--fork", "-k", socket, tmp_path / "nofile"], capture_output=True
+        [tool, "--fork", "-k", socket, tmp_path / "nofile"], capture_output=True
     )
     assert failed.returncode == 1
     assert b"No such file or directory" in failed.stderr
