@@ -17,7 +17,7 @@ from lamina.block.session import Session
 from lamina.errors import LaminaError, StorageError
 from lamina.protocols.nbd.connecting import list_of_exports
 from tests.interop.nbd_servers import BIN, SIZE, nbdkit, qemu_nbd, run, url
-from tests.unit.nbd.serving import make_certificates
+from tests.unit.nbd.serving import make_certificates, make_keys
 
 pytestmark = pytest.mark.peer
 
@@ -260,6 +260,79 @@ def test_tls(tmp_path: Path, server: str) -> None:
         )
         assert "virtual size: 4 MiB" in done.stdout, done.stderr
     assert disk.read_bytes()[: 1 << 20] == data
+
+
+@pytest.mark.parametrize("server", ["qemu-nbd", pytest.param("nbdkit", marks=needs_nbdkit)])
+def test_pre_shared_keys(tmp_path: Path, server: str) -> None:
+    make_keys(tmp_path / "keys", "alice", "bob")
+    make_keys(tmp_path / "others", "alice", "carol")
+    socket, disk = tmp_path / "socket", raw(tmp_path)
+    if server == "qemu-nbd":
+        creds = f"tls-creds-psk,id=t,endpoint=server,dir={tmp_path}/keys"
+        running = qemu_nbd(socket, "-f", "raw", "--object", creds, "--tls-creds", "t", disk)
+    else:
+        keys = tmp_path / "keys" / "keys.psk"
+        running = nbdkit(socket, "--tls=require", f"--tls-psk={keys}", "file", disk)
+
+    def opened(user: str, keys: str) -> Backend:
+        file = tmp_path / keys / "keys.psk"
+        name = f"nbds+unix://{user}@/disk?socket={socket}&tls-type=psk&tls-psk-file={file}"
+        return Backend.open(name, session=Session(), format="raw", writable=True)
+
+    data = random.Random(2).randbytes(1 << 20)
+    with running:
+        with opened("bob", "keys") as image:
+            image.writev([(at, data[at : at + 100_000]) for at in range(0, 1 << 20, 100_000)])
+            image.flush()
+            assert image.read(0, 1 << 20) == data
+        for user in ("alice", "carol"):
+            with pytest.raises(LaminaError, match="TLS handshake failed"):
+                opened(user, "others")
+        done = run(
+            BIN / "lamina-img",
+            "info",
+            "--object",
+            f"tls-creds-psk,id=t,endpoint=client,dir={tmp_path}/keys,username=alice",
+            "--image-opts",
+            f"driver=nbd,server.type=unix,server.path={socket},export=disk,tls-creds=t",
+        )
+        assert "virtual size: 4 MiB" in done
+    assert disk.read_bytes()[: 1 << 20] == data
+
+
+@pytest.mark.parametrize(
+    ("priority", "theirs", "trouble"),
+    [
+        ("NORMAL", "NORMAL:-CIPHER-ALL:+AES-128-GCM", None),
+        ("SECURE256", "NORMAL", None),
+        ("SECURE256", "NORMAL:-CIPHER-ALL:+AES-128-GCM", "TLS_AES_128_GCM_SHA256 is too weak"),
+        ("SECURE256:-VERS-TLS1.3", "NORMAL:-CIPHER-ALL:+AES-128-GCM", "handshake failed"),
+        ("NORMAL:-VERS-ALL:+VERS-TLS1.2", "NORMAL:-VERS-TLS1.2", "TLS handshake failed"),
+        ("NORMAL:-VERS-TLS1.2", "NORMAL:-VERS-TLS1.3", "TLS handshake failed"),
+        ("@SYSTEM", "NORMAL", None),
+    ],
+)
+def test_tls_priorities(tmp_path: Path, priority: str, theirs: str, trouble: str | None) -> None:
+    pki = tmp_path / "pki"
+    make_certificates(pki)
+    socket = tmp_path / "socket"
+    creds = f"tls-creds-x509,id=t,endpoint=server,dir={pki},priority={theirs}"
+    command = [
+        BIN / "lamina-img",
+        "info",
+        "--object",
+        f"tls-creds-x509,id=t,endpoint=client,dir={pki},priority={priority}",
+        "--image-opts",
+        f"driver=nbd,server.type=unix,server.path={socket},export=disk,tls-creds=t,"
+        "tls-hostname=localhost",
+    ]
+    with qemu_nbd(socket, "-f", "raw", "--object", creds, "--tls-creds=t", raw(tmp_path)):
+        done = subprocess.run(command, capture_output=True, text=True)
+    if trouble is None:
+        assert "virtual size: 4 MiB" in done.stdout, done.stderr
+    else:
+        assert trouble in done.stderr
+        assert done.returncode == 1
 
 
 def test_tls_client_of_a_plain_server(tmp_path: Path) -> None:

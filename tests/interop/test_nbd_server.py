@@ -25,7 +25,7 @@ from tests.interop.nbd_servers import (
     run,
     url,
 )
-from tests.unit.nbd.serving import make_certificates
+from tests.unit.nbd.serving import make_certificates, make_keys
 
 pytestmark = pytest.mark.peer
 
@@ -191,6 +191,50 @@ def test_tls(tmp_path: Path) -> None:
         name = f"nbds+unix:///disk?socket={socket}&tls-certificates={pki}&tls-verify-peer=0"
         run("nbdcopy", name, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == some_content()
+
+
+@needs_libnbd
+def test_pre_shared_keys(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys", "alice", "bob")
+    make_keys(tmp_path / "others", "alice", "carol")
+    disk, socket = image(tmp_path, "raw", some_content()), tmp_path / "socket"
+    creds = f"tls-creds-psk,id=t,endpoint=server,dir={tmp_path}/keys"
+    authz = "authz-simple,id=a,identity=alice"
+    arguments = ["--object", creds, "--object", authz, "--tls-creds=t", "--tls-authz=a"]
+
+    def comparing(user: str, keys: str, priority: str = "NORMAL") -> str:
+        done = subprocess.run(
+            [
+                "qemu-img",
+                "compare",
+                "--object",
+                f"tls-creds-psk,id=t,endpoint=client,dir={tmp_path}/{keys},username={user},"
+                f"priority={priority}",
+                "--image-opts",
+                f"driver=nbd,server.type=unix,server.path={socket},export=disk,tls-creds=t",
+                f"driver=raw,file.filename={disk}",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout + done.stderr
+
+    def uri(user: str, keys: str) -> str:
+        file = tmp_path / keys / "keys.psk"
+        return f"nbds+unix://{user}@/disk?socket={socket}&tls-type=psk&tls-psk-file={file}"
+
+    with lamina_nbd(socket, "-f", "raw", *arguments, disk):
+        assert comparing("alice", "keys") == "Images are identical.\n"
+        assert "TLS handshake failed" in comparing("alice", "others")
+        assert "TLS handshake failed" in comparing("carol", "others")
+        assert "TLS handshake failed" in comparing("alice", "keys", "NORMAL:-VERS-TLS1.2")
+        assert "identical" not in comparing("bob", "keys")  # a good key, but not allowed
+        assert "protocol: newstyle-fixed with TLS" in run("nbdinfo", uri("alice", "keys"))
+        run("nbdcopy", uri("alice", "keys"), tmp_path / "copy")
+        for user, keys in (("alice", "others"), ("carol", "others"), ("bob", "keys")):
+            failed = subprocess.run(["nbdinfo", uri(user, keys)], capture_output=True)
+            assert failed.returncode == 1
+    assert (tmp_path / "copy").read_bytes() == some_content()
 
 
 # -- the tool --------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,4 +158,8 @@ def make_certificates(path: Path) -> None:
         )
 
 
-HAS_PSK = hasattr(ssl.SSLContext, "set_psk_client_callback")
+def make_keys(path: Path, *users: str) -> None:
+    """``keys.psk`` with a key for each."""
+    path.mkdir(exist_ok=True)
+    lines = [f"{user}:{os.urandom(32).hex()}\n" for user in users]
+    (path / "keys.psk").write_text("".join(lines))

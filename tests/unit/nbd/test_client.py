@@ -28,7 +28,13 @@ from lamina.wire.nbd.negotiation_server import negotiate
 from lamina.wire.nbd.replies import replies_of
 from lamina.wire.nbd.transmission_server import Request, RequestReader
 from tests.unit.nbd.pairing import Catalogue
-from tests.unit.nbd.serving import Serving, make_certificates, open_export, serving
+from tests.unit.nbd.serving import (
+    Serving,
+    make_certificates,
+    make_keys,
+    open_export,
+    serving,
+)
 
 
 @pytest.fixture
@@ -187,14 +193,24 @@ def test_size_is_fixed(served: Serving) -> None:
     node.close()
 
 
-@pytest.mark.parametrize("server_kind", ["x509", "anon"])
-def test_tls(tmp_path: Path, server_kind: str) -> None:
+@pytest.mark.parametrize("kind", ["x509", "psk", "anon"])
+def test_tls(tmp_path: Path, kind: str) -> None:
     make_certificates(tmp_path / "pki")
+    make_keys(tmp_path / "pki", "alice", "bob")
     creds = str(tmp_path / "pki")
-    kind = server_kind
     with serving(tmp_path, tls=TlsCredentials(kind, "server", creds)) as one:
         if kind == "anon":
             node = open_export(one, tls=True, tls_type="anon")
+        elif kind == "psk":
+            options = {"tls": True, "tls_type": "psk", "tls_username": "alice"}
+            node = open_export(one, tls_psk_file=f"{creds}/keys.psk", **options)
+            make_keys(tmp_path / "others", "alice")
+            with pytest.raises(StorageError, match="TLS handshake failed"):
+                open_export(one, tls_psk_file=str(tmp_path / "others" / "keys.psk"), **options)
+            make_keys(tmp_path / "others", "mallory")
+            options["tls_username"] = "mallory"
+            with pytest.raises(StorageError, match="TLS handshake failed"):
+                open_export(one, tls_psk_file=str(tmp_path / "others" / "keys.psk"), **options)
         else:
             node = open_export(
                 one, tls=True, tls_certificates=creds, tls_hostname="localhost"
