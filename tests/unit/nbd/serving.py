@@ -100,7 +100,8 @@ def open_export(serving: Serving, *, read_only: bool = False, **options: Any) ->
 
     given = NbdOptions(export="disk", **options)
     server = {"type": "unix", "path": str(serving.socket)}
-    node = open_nbd(given, server, NodeOptions(read_only=read_only, unmap=True), {})
+    node_options = NodeOptions(read_only=read_only, unmap=True)
+    node = open_nbd(given, server, node_options, {}, serving.log.append)
     perm = Perm.CONSISTENT_READ if read_only else Perm.CONSISTENT_READ | Perm.WRITE
     node.used_by(None, "test", perm, Perm.ALL)
     return node
