@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 Server = Callable[..., AbstractContextManager["subprocess.Popen[str]"]]
@@ -37,9 +37,21 @@ def process(path: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
             _wait_until_it_listens(path)
             yield server
         finally:
-            if server.poll() is None:
-                server.terminate()
-            server.wait(20)
+            _end(server, patient="qemu-nbd" in words[0])
+
+
+def _end(server: subprocess.Popen[str], *, patient: bool) -> None:
+    """``patient``: qemu-nbd misses a signal that comes while a handshake is failing; it is told
+    again."""
+    for _ in range(4 if patient else 1):
+        if server.poll() is None:
+            server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(5 if patient else 20)
+            return
+    server.kill()
+    server.wait()
+    raise AssertionError(f"{server.args!r} does not end")
 
 
 @contextmanager

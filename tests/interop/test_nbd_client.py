@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +18,21 @@ from lamina.block.limits import WriteFlags
 from lamina.block.session import Session
 from lamina.errors import LaminaError, StorageError
 from lamina.protocols.nbd.connecting import list_of_exports
-from tests.interop.nbd_servers import BIN, SIZE, nbdkit, qemu_nbd, run, url
-from tests.unit.nbd.serving import make_certificates
+from tests.interop.nbd_servers import (
+    BIN,
+    HAS_NBDSH,
+    SIZE,
+    lamina_nbd,
+    nbdkit,
+    qemu_nbd,
+    run,
+    url,
+)
+from tests.unit.nbd.serving import make_certificates, make_keys
 
 pytestmark = pytest.mark.peer
 
+needs_nbdsh = pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
 needs_nbdkit = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
 
 
@@ -215,6 +227,81 @@ def test_qcow2_inside_of_an_export(tmp_path: Path) -> None:
     assert "failed" not in found
 
 
+PREFETCHES = """
+import nbd, sys
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+assert h.can_cache()
+h.cache(65536, 1 << 20)
+"""
+
+
+@needs_nbdkit
+@needs_nbdsh
+def test_requests_to_prefetch_are_passed_on(tmp_path: Path) -> None:
+    """From libnbd to a server of ours, whose disk is an export of another."""
+    socket, ours, log = tmp_path / "socket", tmp_path / "ours", tmp_path / "log"
+    disk = raw(tmp_path)
+    with nbdkit(socket, "--filter=log", "--filter=cache", "file", disk, f"logfile={log}"):
+        with lamina_nbd(ours, "-r", "-f", "raw", url(socket)):
+            run("/usr/bin/python3", "-c", PREFETCHES, url(ours))
+        told = log.read_text()
+    assert "Cache id=1 offset=0x100000 count=0x10000" in told
+    assert "Read id=" not in told
+
+
+@pytest.mark.parametrize("server", ["qemu-nbd", "lamina-nbd"])
+def test_a_server_that_comes_back_with_a_larger_disk(tmp_path: Path, server: str) -> None:
+    """Our client does what QEMU's does, and says so. (QEMU's dies of a smaller one.)"""
+    socket, disk = tmp_path / "socket", raw(tmp_path)
+    serve = qemu_nbd if server == "qemu-nbd" else lamina_nbd
+    options = {
+        "driver": "nbd",
+        "server.type": "unix",
+        "server.path": str(socket),
+        "export": "disk",
+        "reconnect-delay": "20",
+    }
+    warnings: list[str] = []
+    session = Session(warn=warnings.append)
+    qemu_io = [
+        "qemu-io",
+        "--image-opts",
+        "driver=nbd,server.type=unix,export=disk,reconnect-delay=20,server.path=" + str(socket),
+    ]
+    with serve(socket, "-f", "raw", disk):
+        image = Backend.open(options, session=session, writable=True)
+        image.write(SIZE - 512, b"1" * 512)
+        theirs = subprocess.Popen(
+            qemu_io, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0
+        )
+        assert theirs.stdin is not None
+        theirs.stdin.write("read -P 0x31 4193792 512\n")
+        theirs.stdin.flush()
+        time.sleep(0.3)
+    socket.unlink(missing_ok=True)
+    os.truncate(disk, 2 * SIZE)
+    with serve(socket, "-f", "raw", disk):
+        assert image.read(SIZE - 512, 512) == b"1" * 512
+        image.write(SIZE - 512, b"2" * 512)
+        image.flush()
+        assert image.size == SIZE
+        with pytest.raises(LaminaError, match="Input/output error"):
+            image.read(SIZE, 512)
+        image.close()
+        found, _ = theirs.communicate(
+            "read -P 0x32 4193792 512\nlength\nread 4194304 512\n", timeout=60
+        )
+    assert found.count("read 512/512 bytes") == 2
+    assert "verification failed" not in found
+    assert "4 MiB\n" in found
+    assert "read failed: Input/output error" in found
+    assert warnings == [
+        "NBD export 'disk' has 8388608 bytes instead of 4194304: the disk is as long as before "
+        "until it is opened again"
+    ]
+
+
 @pytest.mark.parametrize("server", ["qemu-nbd", pytest.param("nbdkit", marks=needs_nbdkit)])
 def test_tls(tmp_path: Path, server: str) -> None:
     pki = tmp_path / "pki"
@@ -260,6 +347,79 @@ def test_tls(tmp_path: Path, server: str) -> None:
         )
         assert "virtual size: 4 MiB" in done.stdout, done.stderr
     assert disk.read_bytes()[: 1 << 20] == data
+
+
+@pytest.mark.parametrize("server", ["qemu-nbd", pytest.param("nbdkit", marks=needs_nbdkit)])
+def test_pre_shared_keys(tmp_path: Path, server: str) -> None:
+    make_keys(tmp_path / "keys", "alice", "bob")
+    make_keys(tmp_path / "others", "alice", "carol")
+    socket, disk = tmp_path / "socket", raw(tmp_path)
+    if server == "qemu-nbd":
+        creds = f"tls-creds-psk,id=t,endpoint=server,dir={tmp_path}/keys"
+        running = qemu_nbd(socket, "-f", "raw", "--object", creds, "--tls-creds", "t", disk)
+    else:
+        keys = tmp_path / "keys" / "keys.psk"
+        running = nbdkit(socket, "--tls=require", f"--tls-psk={keys}", "file", disk)
+
+    def opened(user: str, keys: str) -> Backend:
+        file = tmp_path / keys / "keys.psk"
+        name = f"nbds+unix://{user}@/disk?socket={socket}&tls-type=psk&tls-psk-file={file}"
+        return Backend.open(name, session=Session(), format="raw", writable=True)
+
+    data = random.Random(2).randbytes(1 << 20)
+    with running:
+        with opened("bob", "keys") as image:
+            image.writev([(at, data[at : at + 100_000]) for at in range(0, 1 << 20, 100_000)])
+            image.flush()
+            assert image.read(0, 1 << 20) == data
+        for user in ("alice", "carol"):
+            with pytest.raises(LaminaError, match="TLS handshake failed"):
+                opened(user, "others")
+        done = run(
+            BIN / "lamina-img",
+            "info",
+            "--object",
+            f"tls-creds-psk,id=t,endpoint=client,dir={tmp_path}/keys,username=alice",
+            "--image-opts",
+            f"driver=nbd,server.type=unix,server.path={socket},export=disk,tls-creds=t",
+        )
+        assert "virtual size: 4 MiB" in done
+    assert disk.read_bytes()[: 1 << 20] == data
+
+
+@pytest.mark.parametrize(
+    ("priority", "theirs", "trouble"),
+    [
+        ("NORMAL", "NORMAL:-CIPHER-ALL:+AES-128-GCM", None),
+        ("SECURE256", "NORMAL", None),
+        ("SECURE256", "NORMAL:-CIPHER-ALL:+AES-128-GCM", "TLS_AES_128_GCM_SHA256 is too weak"),
+        ("SECURE256:-VERS-TLS1.3", "NORMAL:-CIPHER-ALL:+AES-128-GCM", "handshake failed"),
+        ("NORMAL:-VERS-ALL:+VERS-TLS1.2", "NORMAL:-VERS-TLS1.2", "TLS handshake failed"),
+        ("NORMAL:-VERS-TLS1.2", "NORMAL:-VERS-TLS1.3", "TLS handshake failed"),
+        ("@SYSTEM", "NORMAL", None),
+    ],
+)
+def test_tls_priorities(tmp_path: Path, priority: str, theirs: str, trouble: str | None) -> None:
+    pki = tmp_path / "pki"
+    make_certificates(pki)
+    socket = tmp_path / "socket"
+    creds = f"tls-creds-x509,id=t,endpoint=server,dir={pki},priority={theirs}"
+    command = [
+        BIN / "lamina-img",
+        "info",
+        "--object",
+        f"tls-creds-x509,id=t,endpoint=client,dir={pki},priority={priority}",
+        "--image-opts",
+        f"driver=nbd,server.type=unix,server.path={socket},export=disk,tls-creds=t,"
+        "tls-hostname=localhost",
+    ]
+    with qemu_nbd(socket, "-f", "raw", "--object", creds, "--tls-creds=t", raw(tmp_path)):
+        done = subprocess.run(command, capture_output=True, text=True)
+    if trouble is None:
+        assert "virtual size: 4 MiB" in done.stdout, done.stderr
+    else:
+        assert trouble in done.stderr
+        assert done.returncode == 1
 
 
 def test_tls_client_of_a_plain_server(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.interop.nbd_servers import (
     run,
     url,
 )
-from tests.unit.nbd.serving import make_certificates
+from tests.unit.nbd.serving import make_certificates, make_keys
 
 pytestmark = pytest.mark.peer
 
@@ -193,6 +193,50 @@ def test_tls(tmp_path: Path) -> None:
         assert (tmp_path / "copy").read_bytes() == some_content()
 
 
+@needs_libnbd
+def test_pre_shared_keys(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys", "alice", "bob")
+    make_keys(tmp_path / "others", "alice", "carol")
+    disk, socket = image(tmp_path, "raw", some_content()), tmp_path / "socket"
+    creds = f"tls-creds-psk,id=t,endpoint=server,dir={tmp_path}/keys"
+    authz = "authz-simple,id=a,identity=alice"
+    arguments = ["--object", creds, "--object", authz, "--tls-creds=t", "--tls-authz=a"]
+
+    def comparing(user: str, keys: str, priority: str = "NORMAL") -> str:
+        done = subprocess.run(
+            [
+                "qemu-img",
+                "compare",
+                "--object",
+                f"tls-creds-psk,id=t,endpoint=client,dir={tmp_path}/{keys},username={user},"
+                f"priority={priority}",
+                "--image-opts",
+                f"driver=nbd,server.type=unix,server.path={socket},export=disk,tls-creds=t",
+                f"driver=raw,file.filename={disk}",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout + done.stderr
+
+    def uri(user: str, keys: str) -> str:
+        file = tmp_path / keys / "keys.psk"
+        return f"nbds+unix://{user}@/disk?socket={socket}&tls-type=psk&tls-psk-file={file}"
+
+    with lamina_nbd(socket, "-f", "raw", *arguments, disk):
+        assert comparing("alice", "keys") == "Images are identical.\n"
+        assert "TLS handshake failed" in comparing("alice", "others")
+        assert "TLS handshake failed" in comparing("carol", "others")
+        assert "TLS handshake failed" in comparing("alice", "keys", "NORMAL:-VERS-TLS1.2")
+        assert "identical" not in comparing("bob", "keys")  # a good key, but not allowed
+        assert "protocol: newstyle-fixed with TLS" in run("nbdinfo", uri("alice", "keys"))
+        run("nbdcopy", uri("alice", "keys"), tmp_path / "copy")
+        for user, keys in (("alice", "others"), ("carol", "others"), ("bob", "keys")):
+            failed = subprocess.run(["nbdinfo", uri(user, keys)], capture_output=True)
+            assert failed.returncode == 1
+    assert (tmp_path / "copy").read_bytes() == some_content()
+
+
 # -- the tool --------------------------------------------------------------------------------------
 
 CASES = """
@@ -236,6 +280,7 @@ nofile
 --object secret disk.raw
 -p 0 -b 1.2.3.4 -f raw disk.raw
 --fork --pid-file /nodir/x -p 0 -f raw disk.raw
+--pid-file . -p 0 -f raw disk.raw
 -l foo -p 0 disk.qcow2
 -l snapshot.foo=1 -p 0 disk.qcow2
 --tls-creds=x --object tls-creds-anon,id=x,endpoint=client -p 0 -f raw disk.raw
@@ -325,22 +370,40 @@ def test_ends_with_its_last_client(tmp_path: Path) -> None:
     assert disk.read_bytes()[:65536] == b"\x09" * 65536
 
 
-def test_fork_and_pid_file(tmp_path: Path) -> None:
+def runs(number: int) -> bool:
+    try:
+        # Empty: it has ended, and nobody has waited for it yet.
+        return bool(Path(f"/proc/{number}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("tool", [BIN / "lamina-nbd", "qemu-nbd"])
+def test_fork_and_pid_file(tmp_path: Path, tool: Path | str) -> None:
+    """The file stays: QEMU's own tests remove it after they have sent the signal."""
     disk, socket, pid = image(tmp_path, "raw"), tmp_path / "socket", tmp_path / "pid"
-    run(
-        BIN / "lamina-nbd", "--fork", "--pid-file", pid, "-t", "-k", socket, "-f", "raw", disk
-    )
+    pid.write_text("left behind by a process whose number was longer\n")
+    run(tool, "--fork", "--pid-file", pid, "-t", "-k", socket, "-f", "raw", disk)
     number = int(pid.read_text())
     try:
         run("qemu-io", "-f", "raw", "-c", "write -P 3 0 512", url(socket, ""))
+        second = subprocess.run(
+            [tool, "--pid-file", pid, "-r", "-k", f"{socket}2", "-f", "raw", "null-co://"],
+            capture_output=True,
+            timeout=20,
+        )
+        assert second.returncode == 1
+        assert b"Cannot lock pid file: Resource temporarily unavailable" in second.stderr
     finally:
         os.kill(number, signal.SIGTERM)
     deadline = time.monotonic() + 20
-    while socket.exists() or pid.exists():
+    while runs(number):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    assert int(pid.read_text()) == number
+    assert not socket.exists()
     failed = subprocess.run(
-        [BIN / "lamina-nbd", "--fork", "-k", socket, tmp_path / "nofile"], capture_output=True
+        [tool, "--fork", "-k", socket, tmp_path / "nofile"], capture_output=True
     )
     assert failed.returncode == 1
     assert b"No such file or directory" in failed.stderr

@@ -183,6 +183,11 @@ class Backend:
         self.readv([(offset, memoryview(buffer))])
         return bytes(buffer)
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """See ``Node.prefetch``. Raises StorageError (EIO) behind the end."""
+        self._check_range(offset, length)
+        self.node.prefetch(offset, length)
+
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
         """Write every buffer. Raises Refused if this use does not write, StorageError (EIO) for
         what lies behind the end."""

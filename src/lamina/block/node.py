@@ -36,6 +36,9 @@ ReadRequest = tuple[int, memoryview]
 WriteRequest = tuple[int, "bytes | bytearray | memoryview"]
 """Offset and the bytes to write."""
 
+_PREFETCHED = 1 << 20
+"""Bytes that are read at a time where nobody wants them yet."""
+
 _anonymous = itertools.count(100)
 
 
@@ -145,6 +148,16 @@ class Node(ABC):
     @abstractmethod
     def readv(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every buffer. Raises StorageError or ImageCorrupt."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """These bytes will be wanted soon: have them where reading them is quick.
+
+        The default reads them; whoever reaches them over a network may ask the other side to.
+        """
+        scratch = memoryview(bytearray(min(length, _PREFETCHED)))
+        end = offset + length
+        for start in range(offset, end, _PREFETCHED):
+            self.readv([(start, scratch[: end - start])])
 
     @abstractmethod
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:

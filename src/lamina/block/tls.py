@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 
-from lamina.errors import ImageUnsupported, StorageError, UsageError
+from lamina.errors import StorageError, UsageError
 from lamina.hints import TYPE_CHECKING
 from lamina.records import dataclass
 
@@ -33,8 +32,8 @@ _VERIFY_ERRORS = {
     64: "Certificate does not match the hostname {}",
 }
 """OpenSSL's numbers (X509_V_ERR_…), and QEMU's sentences."""
-_NO_PEER = "@SECLEVEL=0:aNULL"
-"""OpenSSL's name for the suites that nobody authenticates."""
+_NO_PEER = "@SECLEVEL=0:aNULL:!eNULL:!LOW:!MEDIUM"
+"""OpenSSL's name for the suites that nobody authenticates, less those that hardly encrypt."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,11 @@ class TlsCredentials:
     """Of the private key."""
     keys_file: str | None = None
     """psk: elsewhere than in ``dir``."""
+    priority: str = "NORMAL"
+    """Versions and strength, as GnuTLS calls them."""
 
     def check(self) -> None:
         """Raises UsageError or StorageError where files are missing or nonsense."""
-        if self.kind == "psk":
-            if sys.version_info < (3, 13):  # the first whose ssl module can do it
-                raise ImageUnsupported(
-                    "Pre-shared keys (tls-creds-psk) need Python 3.13 or later"
-                )
-            self._psk_keys()
         self.context()
 
     def path(self, name: str, *, needed: bool = True) -> str | None:
@@ -80,23 +75,31 @@ class TlsCredentials:
         """For one or many connections."""
         import ssl
 
+        from lamina.block import tls_priority
+
+        priority = tls_priority.parse(self.priority, self.kind)
         server = self.endpoint == "server"
-        purpose = ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
-        context = ssl.SSLContext(purpose)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if self.kind != "x509":
+        if self.kind == "psk":
+            context = self._psk_context()
+        else:
+            context = ssl.SSLContext(
+                ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
+            )
+        if self.kind == "anon":
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-            if self.kind == "anon":
-                context.maximum_version = ssl.TLSVersion.TLSv1_2
-                context.set_ciphers(_NO_PEER)
-            else:
-                self._prepare_psk(context)
-            return context
-        try:
-            self._load_certificates(context)
-        except ssl.SSLError as error:
-            raise UsageError(f"Unable to load the certificates in {self.dir}: {error}") from None
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(_NO_PEER)
+        elif self.kind == "x509":
+            try:
+                self._load_certificates(context)
+            except ssl.SSLError as error:
+                raise UsageError(
+                    f"Unable to load the certificates in {self.dir}: {error}"
+                ) from None
+            if priority.of_system:
+                context.set_ciphers("DEFAULT")
+        tls_priority.apply(priority, context)
         return context
 
     def _load_certificates(self, context: ssl.SSLContext) -> None:
@@ -125,37 +128,17 @@ class TlsCredentials:
         if certificate is not None:
             context.load_cert_chain(certificate, key, self.password)
 
-    # -- pre-shared keys -------------------------------------------------------------------------
+    def _psk_context(self) -> ssl.SSLContext:
+        from lamina.block import psk
 
-    def _psk_keys(self) -> dict[str, bytes]:
         path = self.keys_file or self.path(PSK_KEYS)
         assert path is not None
-        keys = {}
-        try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                for line in file:
-                    user, colon, key = line.rstrip("\r\n").rpartition(":")
-                    if colon and not line.startswith("#"):
-                        keys[user] = bytes.fromhex(key)
-        except OSError as error:
-            raise StorageError(
-                f"Unable to access credentials {path}: {error.strerror}", errno=error.errno
-            ) from None
-        except ValueError:
-            raise UsageError(f"Malformed key in PSK file {path}") from None
-        if self.endpoint == "client" and self.username not in keys:
+        keys = psk.read_keys(path)
+        if self.endpoint == "server":
+            return psk.server_context(keys)
+        if self.username not in keys:
             raise UsageError(f"Username {self.username} not found in PSK file {path}")
-        return keys
-
-    def _prepare_psk(self, context: ssl.SSLContext) -> None:
-        keys = self._psk_keys()
-        if sys.version_info >= (3, 13):
-            context.set_ciphers("PSK")
-            if self.endpoint == "server":
-                context.set_psk_server_callback(lambda user: keys.get(user or "", b""))
-            else:
-                own = (self.username, keys[self.username])
-                context.set_psk_client_callback(lambda hint: own)
+        return psk.client_context(self.username, keys[self.username])
 
 
 @dataclass(frozen=True)
@@ -170,10 +153,13 @@ class Authorization:
 
 
 def peer_name(connection: ssl.SSLSocket) -> str | None:
-    """The distinguished name in the certificate of the other side, last part first (RFC 4514)."""
+    """The distinguished name in the certificate of the other side, last part first (RFC 4514), or
+    the user whose key it has. Right after the handshake, in its thread."""
     certificate = connection.getpeercert()
     if not certificate:
-        return None
+        from lamina.block.psk import user_of
+
+        return user_of(connection)
     parts = []
     for group in certificate.get("subject", ()):
         pairs = [f"{_SHORT.get(str(one[0]), str(one[0]))}={_escaped(str(one[1]))}" for one in group]
@@ -215,7 +201,7 @@ def secure(
     if context.check_hostname and not hostname:
         raise UsageError("No hostname for certificate validation")
     try:
-        return context.wrap_socket(
+        secured = context.wrap_socket(
             connection, server_side=server, server_hostname=None if server else hostname
         )
     except ssl.SSLCertVerificationError as error:
@@ -231,3 +217,10 @@ def secure(
     except OSError as error:
         text = error.strerror or ENDED
         raise StorageError(f"TLS handshake failed: {text}", errno=error.errno) from None
+    from lamina.block.tls_priority import too_weak
+
+    weak = too_weak(secured)
+    if weak is not None:
+        secured.close()
+        raise StorageError(f"TLS handshake failed: the cipher {weak} is too weak")
+    return secured

@@ -87,6 +87,9 @@ class RawNode(Node):
         self._file.event("read_aio")
         self._file.readv([(offset + shift, buffer) for offset, buffer in requests])
 
+    def prefetch(self, offset: int, length: int) -> None:
+        self._file.prefetch(offset + self._offset, length)
+
     def writev(self, requests: Sequence[WriteRequest], flags: WriteFlags = WriteFlags.NONE) -> None:
         shift = self._offset
         for offset, data in requests:

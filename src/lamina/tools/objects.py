@@ -33,9 +33,10 @@ _TYPES = {"secret": _SECRET_KEYS, _AUTHZ: {"identity"}} | {
 _HELP = """List of user creatable objects:
   authz-simple (identity=…)
   secret (data=… or file=…, format=raw|base64, keyid=…, iv=…)
-  tls-creds-anon (endpoint=client|server)
-  tls-creds-psk (dir=…, endpoint=client|server, username=…)
-  tls-creds-x509 (dir=…, endpoint=client|server, verify-peer=on|off, passwordid=…)"""
+  tls-creds-anon (endpoint=client|server, priority=…)
+  tls-creds-psk (dir=…, endpoint=client|server, username=…, priority=…)
+  tls-creds-x509 (dir=…, endpoint=client|server, verify-peer=on|off, passwordid=…,
+    priority=…)"""
 _KEY_LENGTH = 32
 _IV_LENGTH = 16
 
@@ -127,8 +128,6 @@ def _tls_credentials(tool: Tool, kind: str, given: Mapping[str, Any]) -> TlsCred
     endpoint = given.get("endpoint", "client")
     if endpoint not in ("client", "server"):
         raise UsageError(f"Parameter 'endpoint' does not accept value '{endpoint}'")
-    if given.get("priority", "NORMAL") != "NORMAL":
-        raise UsageError("Parameter 'priority' (of GnuTLS) is not supported")
     if "dir" not in given and kind != "anon":
         raise UsageError("Missing 'dir' property value")
     password = None
@@ -142,6 +141,7 @@ def _tls_credentials(tool: Tool, kind: str, given: Mapping[str, Any]) -> TlsCred
         verify_peer=verify,
         username=given.get("username", "qemu"),
         password=password,
+        priority=given.get("priority", "NORMAL"),
     )
     credentials.check()
     return credentials

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +100,8 @@ def open_export(serving: Serving, *, read_only: bool = False, **options: Any) ->
 
     given = NbdOptions(export="disk", **options)
     server = {"type": "unix", "path": str(serving.socket)}
-    node = open_nbd(given, server, NodeOptions(read_only=read_only, unmap=True), {})
+    node_options = NodeOptions(read_only=read_only, unmap=True)
+    node = open_nbd(given, server, node_options, {}, serving.log.append)
     perm = Perm.CONSISTENT_READ if read_only else Perm.CONSISTENT_READ | Perm.WRITE
     node.used_by(None, "test", perm, Perm.ALL)
     return node
@@ -159,4 +159,8 @@ def make_certificates(path: Path) -> None:
         )
 
 
-HAS_PSK = hasattr(ssl.SSLContext, "set_psk_client_callback")
+def make_keys(path: Path, *users: str) -> None:
+    """``keys.psk`` with a key for each."""
+    path.mkdir(exist_ok=True)
+    lines = [f"{user}:{os.urandom(32).hex()}\n" for user in users]
+    (path / "keys.psk").write_text("".join(lines))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lamina.block.sockets import SocketAddress, listen
 from lamina.block.tls import TlsCredentials
 from lamina.errors import ImageUnsupported, LaminaError, Refused, StorageError, UsageError
 from lamina.protocols.nbd import connections, naming
+from lamina.records import replace
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd import messages, steps
 from lamina.wire.nbd.agreement import Description
@@ -28,7 +31,13 @@ from lamina.wire.nbd.negotiation_server import negotiate
 from lamina.wire.nbd.replies import replies_of
 from lamina.wire.nbd.transmission_server import Request, RequestReader
 from tests.unit.nbd.pairing import Catalogue
-from tests.unit.nbd.serving import Serving, make_certificates, open_export, serving
+from tests.unit.nbd.serving import (
+    Serving,
+    make_certificates,
+    make_keys,
+    open_export,
+    serving,
+)
 
 
 @pytest.fixture
@@ -177,6 +186,45 @@ def test_read_only_exports(tmp_path: Path) -> None:
         node.close()
 
 
+def test_prefetching(tmp_path: Path) -> None:
+    """The server is asked to, in pieces that it takes; one that cannot be asked is read from."""
+    pieces: list[tuple[int, int]] = []
+    commands: set[int] = set()
+    content = bytes(100 << 20)
+
+    def noting(connection: socket.socket, batch: list[Request], replies: Any) -> bool:
+        for request in batch:
+            if request.command == nbd.CMD_DISC:
+                return False
+            commands.add(request.command)
+            pieces.append((request.offset, request.length))
+            if request.command == nbd.CMD_CACHE:
+                connection.sendall(replies.success(request.cookie, request.offset))
+            else:
+                reading(content)(connection, [request], replies)
+        return True
+
+    for flags, command in (
+        (nbd.HAS_FLAGS | nbd.SEND_CACHE, nbd.CMD_CACHE),
+        (nbd.HAS_FLAGS, nbd.CMD_READ),
+    ):
+        pieces.clear()
+        commands.clear()
+        one = Impostor(tmp_path, [noting], flags=flags, size=len(content))
+        node = open_export(one, read_only=True)  # type: ignore[arg-type]
+        node.prefetch(1000, (70 << 20) + 1)
+        node.close()
+        one.close()
+        one.socket.unlink()
+        assert commands == {command}
+        assert max(length for _, length in pieces) <= 32 << 20
+        end = 1000
+        for offset, length in pieces:
+            assert offset == end
+            end += length
+        assert end == 1001 + (70 << 20)
+
+
 def test_size_is_fixed(served: Serving) -> None:
     node = open_export(served)
     with pytest.raises(ImageUnsupported, match="Cannot resize"):
@@ -187,14 +235,24 @@ def test_size_is_fixed(served: Serving) -> None:
     node.close()
 
 
-@pytest.mark.parametrize("server_kind", ["x509", "anon"])
-def test_tls(tmp_path: Path, server_kind: str) -> None:
+@pytest.mark.parametrize("kind", ["x509", "psk", "anon"])
+def test_tls(tmp_path: Path, kind: str) -> None:
     make_certificates(tmp_path / "pki")
+    make_keys(tmp_path / "pki", "alice", "bob")
     creds = str(tmp_path / "pki")
-    kind = server_kind
     with serving(tmp_path, tls=TlsCredentials(kind, "server", creds)) as one:
         if kind == "anon":
             node = open_export(one, tls=True, tls_type="anon")
+        elif kind == "psk":
+            options = {"tls": True, "tls_type": "psk", "tls_username": "alice"}
+            node = open_export(one, tls_psk_file=f"{creds}/keys.psk", **options)
+            make_keys(tmp_path / "others", "alice")
+            with pytest.raises(StorageError, match="TLS handshake failed"):
+                open_export(one, tls_psk_file=str(tmp_path / "others" / "keys.psk"), **options)
+            make_keys(tmp_path / "others", "mallory")
+            options["tls_username"] = "mallory"
+            with pytest.raises(StorageError, match="TLS handshake failed"):
+                open_export(one, tls_psk_file=str(tmp_path / "others" / "keys.psk"), **options)
         else:
             node = open_export(
                 one, tls=True, tls_certificates=creds, tls_hostname="localhost"
@@ -304,17 +362,61 @@ def test_without_delay_requests_fail_until_the_server_is_back(
     one.stop()
 
 
-def test_a_disk_that_changed_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["shrunk", "read-only", "without trim"])
+def test_a_disk_that_lost_something_is_not_taken_for_the_old_one(
+    tmp_path: Path, change: str
+) -> None:
     one = Serving(tmp_path)
     one.start()
-    node = open_export(one, read_only=True, reconnect_delay=2)
+    node = open_export(one, reconnect_delay=1)
     one.stop()
-    one.disk.write_bytes(bytes(4096))
-    one.start()
-    with pytest.raises(StorageError):
-        node.read(0, 512)
+    if change == "shrunk":
+        one.disk.write_bytes(bytes(4096))
+        one.start()
+    elif change == "read-only":
+        one.start(writable=False)
+    else:
+        export = one.start().exports()[0]
+        export.description = replace(
+            export.description, flags=export.description.flags & ~nbd.SEND_TRIM
+        )
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            node.read(0, 512)
+    told = [line for line in one.log if "instead of" in line]
+    if change == "shrunk":
+        assert told == [
+            "NBD export 'disk' has 4096 bytes instead of 1048576: it is not used until it is as "
+            "long as before"
+        ]
+    else:
+        assert not told
+    one.stop()
+    with suppress(StorageError):  # it flushes
+        node.close()
+
+
+def test_a_disk_that_has_grown_goes_on_as_it_was(tmp_path: Path) -> None:
+    one = Serving(tmp_path)
+    one.start(multi_conn=False)
+    node = open_export(one, reconnect_delay=20)
+    node.write(512, b"before")
+    for size in (2 << 20, 3 << 20):
+        one.stop()
+        os.truncate(one.disk, size)
+        one.start(multi_conn=True)
+        assert node.read(512, 6) == b"before"
+        assert node.size == 1 << 20
+        assert node.extents(0, 1 << 20)[-1].end == 1 << 20
+        with pytest.raises(StorageError, match="No space left"):
+            node.write(1 << 20, b"behind")
     node.close()
     one.stop()
+    then = "instead of 1048576: the disk is as long as before until it is opened again"
+    assert [line for line in one.log if "instead of" in line] == [
+        f"NBD export 'disk' has 2097152 bytes {then}",
+        f"NBD export 'disk' has 3145728 bytes {then}",
+    ]
 
 
 def test_open_timeout(tmp_path: Path) -> None:
@@ -363,7 +465,11 @@ Answer = Callable[[socket.socket, list[Request], Any], bool]
 class Impostor:
     """Shakes hands as it should; what it answers is up to a test, connection by connection."""
 
-    def __init__(self, path: Path, answers: list[Answer], flags: int = 0x1DED) -> None:
+    def __init__(
+        self, path: Path, answers: list[Answer], flags: int = 0x1DED, size: int = 1 << 20
+    ) -> None:
+        self.log: list[str] = []
+        self._size = size
         self.socket = path / "socket"
         self._answers = answers
         self._flags = flags & ~nbd.CAN_MULTI_CONN
@@ -372,7 +478,7 @@ class Impostor:
         self._thread.start()
 
     def _run(self) -> None:
-        exports = Catalogue(Description("disk", 1 << 20, self._flags))
+        exports = Catalogue(Description("disk", self._size, self._flags))
         for answer in self._answers:
             connection, _ = self._listening.accept()
             with connection:

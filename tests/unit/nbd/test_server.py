@@ -29,7 +29,7 @@ from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd import messages
 from lamina.wire.nbd.agreement import Style
 from lamina.wire.nbd.transmission_client import ReplyReader, Request, pack_request
-from tests.unit.nbd.serving import Serving, make_certificates, open_export, serving
+from tests.unit.nbd.serving import Serving, make_certificates, make_keys, open_export, serving
 
 
 class Client:
@@ -468,22 +468,37 @@ def test_no_more_connections_than_allowed(tmp_path: Path) -> None:
 # -- TLS -------------------------------------------------------------------------------------------
 
 
-def test_authorization(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "identity", "welcome"),
+    [
+        ("x509", "CN=client,O=Tests\\, Inc.", True),
+        ("x509", "CN=other", False),
+        ("psk", "alice", True),
+        ("psk", "bob", False),
+        ("anon", "alice", False),
+    ],
+)
+def test_authorization(tmp_path: Path, kind: str, identity: str, welcome: bool) -> None:
     make_certificates(tmp_path / "pki")
-    creds = TlsCredentials("x509", "server", str(tmp_path / "pki"))
+    make_keys(tmp_path / "pki", "bob", "alice")
+    creds = TlsCredentials(kind, "server", str(tmp_path / "pki"))
+    options = {
+        "tls": True,
+        "tls_type": kind,
+        "tls_certificates": creds.dir,
+        "tls_hostname": "localhost",
+        "tls_username": "alice",
+    }
     one = Serving(tmp_path)
-    for identity, welcome in (("CN=client,O=Tests\\, Inc.", True), ("CN=other", False)):
-        one.start(tls=creds)
-        assert one.server is not None
-        one.server._authorization = Authorization(identity)
-        options = {"tls": True, "tls_certificates": creds.dir, "tls_hostname": "localhost"}
-        if welcome:
-            open_export(one, **options).close()
-        else:
-            with pytest.raises(StorageError):
-                open_export(one, **options)
-            eventually(lambda: any("authz check" in line for line in one.log))
-        one.stop()
+    server = one.start(tls=creds)
+    server._authorization = Authorization(identity)
+    if welcome:
+        open_export(one, **options).close()
+    else:
+        with pytest.raises(StorageError):
+            open_export(one, **options)
+        eventually(lambda: any("authz check" in line for line in one.log))
+    one.stop()
 
 
 # -- exports and the end ---------------------------------------------------------------------------

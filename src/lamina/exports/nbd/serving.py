@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _LONGEST_COMPACT = (1 << 32) - (1 << 16)
 """Bytes of an extent in a block status reply with 32-bit lengths."""
 _LONGEST = 1 << 62
-_STEP = 1 << 20
-"""Bytes that CACHE reads at a time."""
 _CHANGING = frozenset({nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES})
 _FLAGS = {
     nbd.CMD_READ: nbd.CMD_FLAG_FUA,
@@ -201,10 +199,7 @@ class Transmission:
         return self._success(request)
 
     def _cache(self, request: Request) -> bytes:
-        scratch = memoryview(bytearray(min(request.length, _STEP)))
-        end = request.offset + request.length
-        for start in range(request.offset, end, _STEP):
-            self._backend.readv([(start, scratch[: end - start])])
+        self._backend.prefetch(request.offset, request.length)
         return self._success(request)
 
     def _write_zeroes(self, request: Request) -> bytes:

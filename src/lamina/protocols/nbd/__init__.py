@@ -75,7 +75,9 @@ class NbdDriver(Driver):
         from lamina.protocols.nbd.opening import open_nbd
 
         server = context.take_options("server.")
-        return open_nbd(options, server, context.node_options, context.objects)
+        return open_nbd(
+            options, server, context.node_options, context.objects, context.warn
+        )
 
     def create_file(
         self, filename: str, options: NbdCreateOptions, context: CreateContext

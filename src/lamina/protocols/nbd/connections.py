@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from lamina.block.session import log_warning
 from lamina.errors import LaminaError, StorageError, UsageError
 from lamina.protocols.nbd.connecting import Connector
 from lamina.protocols.nbd.link import Link, LinkBroken
@@ -24,13 +25,26 @@ _OPEN_PAUSE = 0.1
 """Seconds between attempts to connect for the first time."""
 
 
+_MAY_GO = nbd.READ_ONLY | nbd.ROTATIONAL | nbd.CAN_MULTI_CONN
+"""Flags of an export that may be missing when it comes back."""
+
+
 class Connections:
-    def __init__(self, connector: Connector, *, reconnect_delay: int, open_timeout: int) -> None:
+    def __init__(
+        self,
+        connector: Connector,
+        *,
+        reconnect_delay: int,
+        open_timeout: int,
+        warn: Callable[[str], None] = log_warning,
+    ) -> None:
         """Connects; tries again for ``open_timeout`` seconds. Raises what connecting raised."""
+        self._warn = warn
         self._connector = connector
         self._delay = reconnect_delay
         first = _connect_patiently(connector, open_timeout)
         self.agreement = first.agreement
+        self._last_size = first.agreement.export.size
         self._links = [first]
         self._guard = threading.Lock()
         """Of the fields; never held while waiting for the network."""
@@ -92,12 +106,14 @@ class Connections:
         link.close()
 
     def _same_disk(self, link: Link) -> bool:
+        """Whether everything that was agreed on still holds; there may be more than before."""
         old, new = self.agreement, link.agreement
         return (
             old.style == new.style
             and old.contexts == new.contexts
-            and old.export.size == new.export.size
-            and old.export.flags == new.export.flags
+            and old.export.size <= new.export.size
+            and not old.export.flags & ~new.export.flags & ~_MAY_GO
+            and not new.export.flags & ~old.export.flags & nbd.READ_ONLY
             and old.export.sizes == new.export.sizes
         )
 
@@ -134,16 +150,36 @@ class Connections:
             link = self._connector.connect(min(limit, _HANDSHAKE))
         except LaminaError:
             link = None
-        if link is not None and not self._same_disk(link):
-            link.close()
-            link = None
+        if link is not None:
+            self._notice_size(link.agreement.export.size)
+            if not self._same_disk(link):
+                link.close()
+                link = None
         if link is None:
             self._next_attempt = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
             return None
+        self._shared = bool(link.agreement.export.flags & nbd.CAN_MULTI_CONN)
         with self._guard:
             self._links = [link]
         return link
+
+    def _notice_size(self, size: int) -> None:
+        """Tell, once, that the export has another size than before."""
+        if size == self._last_size:
+            return
+        self._last_size = size
+        export = self.agreement.export
+        if size == export.size:
+            return
+        then = (
+            "the disk is as long as before until it is opened again"
+            if size > export.size
+            else "it is not used until it is as long as before"
+        )
+        self._warn(
+            f"NBD export '{export.name}' has {size} bytes instead of {export.size}: {then}"
+        )
 
     # -- the end ---------------------------------------------------------------------------------
 

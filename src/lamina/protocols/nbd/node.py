@@ -146,6 +146,22 @@ class NbdNode(Node):
             ]
         )
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Asks the server to; one that does not know how to is made to by reading."""
+        if not self._flags & nbd.SEND_CACHE:
+            super().prefetch(offset, length)
+            return
+        block = self._limits.request_alignment
+        start = round_down(offset, block)
+        end = min(round_up(offset + length, block), self._export.size)
+        step = self._limits.max_transfer  # servers bound it, though there is no payload
+        self._run(
+            [
+                Request(nbd.CMD_CACHE, at, min(step, end - at))
+                for at in range(start, end, step)
+            ]
+        )
+
     def _inside(self, offset: int, buffer: memoryview) -> ReadRequest:
         """What of a read the export has; the rest is filled with zeroes."""
         inside = max(min(len(buffer), self._export.size - offset), 0)

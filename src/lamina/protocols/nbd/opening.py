@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from lamina.block.session import log_warning
 from lamina.block.sockets import SocketAddress, parse_address
 from lamina.block.tls import TlsCredentials
 from lamina.errors import Refused, UsageError
@@ -24,6 +25,7 @@ def open_nbd(
     server: Mapping[str, Any],
     node_options: NodeOptions,
     objects: Mapping[str, object],
+    warn: Callable[[str], None] = log_warning,
 ) -> NbdNode:
     address = _address(options, server)
     for value, key in (
@@ -44,6 +46,7 @@ def open_nbd(
         connector,
         reconnect_delay=options.reconnect_delay,
         open_timeout=options.open_timeout,
+        warn=warn,
     )
     try:
         agreed = connections.agreement

@@ -1,4 +1,4 @@
-"""The process: going to the background, the file with its number, and its end."""
+"""The process: going to the background, the file with its number, and the signals that end it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
 from types import FrameType
 
 from lamina.errors import StorageError
@@ -23,7 +22,6 @@ class Daemon:
         """``talkative``: messages go on after the parent has ended."""
         self._pid_file = pid_file
         self._talkative = talkative
-        self._written = False
         self._told = -1
         """Where the parent waits for a byte."""
         self._stop = threading.Event()
@@ -62,19 +60,22 @@ class Daemon:
             self._told = -1
 
     def _write_pid_file(self, path: str) -> None:
-        path = os.path.abspath(path)
+        """The file stays open, and locked, for as long as the process lives: a second server cannot
+        take it. It stays behind at the end, as qemu-nbd's does: whoever started the server removes
+        it, and would stumble if it went away by itself."""
+        import fcntl
+
+        doing = f"Could not create '{path}'"
         try:
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StorageError(
-                f"Could not create '{path}': {error.strerror}", errno=error.errno
-            ) from None
-        self._pid_file, self._written = path, True
-        try:
+            fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            doing = "Cannot lock pid file"
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            doing = "Failed to truncate pid file"
             os.ftruncate(fd, 0)
+            doing = "Failed to write pid file"
             os.write(fd, b"%d\n" % os.getpid())
-        finally:
-            os.close(fd)
+        except OSError as error:
+            raise StorageError(f"{doing}: {error.strerror}", errno=error.errno) from None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop()
@@ -85,8 +86,3 @@ class Daemon:
 
     def wait(self) -> None:
         self._stop.wait()
-
-    def close(self) -> None:
-        if self._written and self._pid_file is not None:
-            with suppress(OSError):
-                os.unlink(self._pid_file)

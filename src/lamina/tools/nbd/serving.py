@@ -36,7 +36,6 @@ def serve(tool: Tool, settings: Settings) -> int:
         daemon = Daemon(
             fork=settings.fork, pid_file=settings.pid_file, talkative=settings.verbose
         )
-        cleanup.callback(daemon.close)
         sockets: list[socket.socket] = []
         if passed:
             sockets = passed
