@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import random
 from typing import Any
 
@@ -10,27 +9,14 @@ import pytest
 
 from lamina.block.node import NodeOptions
 from lamina.engine.disk import Disk
-from lamina.errors import LaminaError, StorageError
+from lamina.errors import LaminaError
 from lamina.testing.memory import MemoryFile
+from tests.crash.faults import Fault
 from tests.unit.qcow2.images import make, open_image, verify
 
 SIZE = 64 << 10
 BELOW = random.Random(4).randbytes(SIZE)
 WRITABLE = NodeOptions(read_only=False, unmap=True, filename="memory")
-
-
-class Fault:
-    """Fails request number ``at``, or every one from there on."""
-
-    def __init__(self, at: int, *, for_ever: bool = False) -> None:
-        self.at = at
-        self.for_ever = for_ever
-        self.seen = 0
-
-    def __call__(self, kind: str, offset: int, length: int) -> None:
-        self.seen += 1
-        if self.seen == self.at or (self.for_ever and self.seen > self.at):
-            raise StorageError.from_errno(errno.EIO)
 
 
 class Guest:

@@ -19,6 +19,19 @@ def run(*command: object, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def output(*command: object) -> tuple[int, str, str]:
+    """Status and what a command says on either channel."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def both(tool: str, *words: object) -> tuple[tuple[int, str, str], tuple[int, str, str]]:
+    """What our tool says, as if it had QEMU's name, and what QEMU's says."""
+    ours = output(f"lamina-{tool}", *words)
+    theirs = output(f"qemu-{tool}", *words)
+    return (ours[0], ours[1], ours[2].replace(f"lamina-{tool}", f"qemu-{tool}")), theirs
+
+
 def opened(image: Path, format: str, *, writable: bool = True, **how: Any) -> Backend:
     return Backend.open(str(image), session=Session(), format=format, writable=writable, **how)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import struct
-import subprocess
 
 import pytest
 
 from lamina.block.backend import Backend
 from lamina.block.creation import create_image
 from lamina.block.session import Session
+from tests.interop.exchange import both, output
 from tests.interop.samples import sample
 
 pytestmark = pytest.mark.peer
@@ -19,18 +19,6 @@ pytestmark = pytest.mark.peer
 SIZE = 3 << 20
 UNIT = 65536
 CREATE = ["create", "-q", "-f", "parallels", "-o", f"cluster_size={UNIT}"]
-
-
-def output(*command: object) -> tuple[int, str, str]:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
-def both(tool: str, *words: object) -> tuple[tuple[int, str, str], tuple[int, str, str]]:
-    """What our tool says, as if it had QEMU's name, and what QEMU's says."""
-    ours = output(f"lamina-{tool}", *words)
-    theirs = output(f"qemu-{tool}", *words)
-    return (ours[0], ours[1], ours[2].replace(f"lamina-{tool}", f"qemu-{tool}")), theirs
 
 
 def opened(image, **options):

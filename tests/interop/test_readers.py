@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 
 import pytest
 
+from tests.interop.exchange import both, output
 from tests.interop.samples import sample
 from tests.unit.test_bochs import redolog
 from tests.unit.test_cloop import pack
@@ -16,18 +16,6 @@ pytestmark = pytest.mark.peer
 
 SIZE = 4 * 16 * 63 * 512
 """Bytes: bximage wants whole cylinders."""
-
-
-def output(*command: object) -> tuple[int, str, str]:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
-def both(tool: str, *words: object) -> tuple[tuple[int, str, str], tuple[int, str, str]]:
-    """What our tool says, as if it had QEMU's name, and what QEMU's says."""
-    ours = output(f"lamina-{tool}", *words)
-    theirs = output(f"qemu-{tool}", *words)
-    return (ours[0], ours[1], ours[2].replace(f"lamina-{tool}", f"qemu-{tool}")), theirs
 
 
 @pytest.fixture

@@ -107,12 +107,5 @@ class CowdExtent(TablesExtent):
         if not offset:
             return None
         if offset >= self.file_end:
-            raise ImageCorrupt(
-                f"Grain table at {offset:#x} lies outside of the image",
-                path=self.node.filename,
-                format="vmdk",
-                structure="grain directory",
-                field=f"entry {number}",
-                offset=place,
-            )
+            raise self.misplaced_table(offset, number, place)
         return read_words(self.node, offset, TABLE_ENTRIES)

@@ -155,6 +155,17 @@ class GrainExtent(VmdkExtent):
         self.file_end = node.size
         """No grain begins behind this."""
 
+    def misplaced_table(self, offset: int, number: int, place: int) -> ImageCorrupt:
+        """The error for entry ``number`` of the grain directory, which itself is at ``place``."""
+        return ImageCorrupt(
+            f"Grain table at {offset:#x} lies outside of the image",
+            path=self.node.filename,
+            format="vmdk",
+            structure="grain directory",
+            field=f"entry {number}",
+            offset=place,
+        )
+
     @abstractmethod
     def entries(self, first: int, count: int) -> Iterator[tuple[int, int, Entries | None]]:
         """(number of a grain, how many, their sectors in the file) of runs that cover these grains.

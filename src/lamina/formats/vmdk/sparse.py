@@ -133,14 +133,7 @@ class SparseExtent(GrainExtent):
         chunk, length, at = self._directory_place(base, number)
         offset: int = SECTOR * _ENTRY.unpack_from(self.directory.get(chunk, length), at)[0]
         if offset and offset + self.header.table_bytes > self.table_limit:
-            raise ImageCorrupt(
-                f"Grain table at {offset:#x} lies outside of the image",
-                path=self.node.filename,
-                format="vmdk",
-                structure="grain directory",
-                field=f"entry {number}",
-                offset=chunk + at,
-            )
+            raise self.misplaced_table(offset, number, chunk + at)
         return offset
 
     @property

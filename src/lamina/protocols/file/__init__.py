@@ -18,6 +18,9 @@ PREFIX = "file:"
 
 @dataclass(frozen=True)
 class FileOptions:
+    """QEMU's. Those that decide nothing here (how requests are queued, what live migration does)
+    are accepted all the same."""
+
     filename: str = option("filename", Type.STRING, "", "File name of the image")
     locking: str = option(
         "locking", Type.STRING, "auto", "File locking mode (on/off/auto, default: auto)"
