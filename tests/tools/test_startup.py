@@ -15,8 +15,8 @@ from lamina.block.creation import create_image
 from lamina.block.session import Session
 
 ALLOWED = """
-errors hints records units tools tools.arguments tools.opening tools.output tools.tool tools.img
-tools.img.command tools.img.info block block.alignment block.backend block.cache_modes
+buffers errors hints records units tools tools.arguments tools.opening tools.output tools.tool
+tools.img tools.img.command tools.img.info block block.alignment block.backend block.cache_modes
 block.driver block.extents block.filenames block.info block.keyvalue block.limits block.node
 block.opening block.options block.permissions block.policy block.probing block.registry
 block.secrets block.session protocols protocols.file protocols.file.cold protocols.file.holes

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina.block.extents import Kind
+from lamina.buffers import new_buffer
 from lamina.engine.reader import ZEROES
 from lamina.hints import TYPE_CHECKING
 
@@ -40,9 +41,9 @@ class Copies:
             if piece.reads_zero and piece.cipher is None:
                 return ()
             return zeroes(length)
-        buffer = memoryview(bytearray(length))
-        self._reads.append((offset, buffer))
-        return (buffer,)
+        old = memoryview(new_buffer(length))
+        self._reads.append((offset, old))
+        return (old,)
 
     @property
     def any(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina.block.extents import Kind
+from lamina.buffers import new_buffer
 from lamina.engine.workers import run_all
 from lamina.errors import ImageCorrupt, LaminaError
 from lamina.hints import TYPE_CHECKING
@@ -260,7 +261,7 @@ def _fetch_run(run: list[Unit]) -> None:
         raise ImageCorrupt(
             "Input/output error", path=node.filename, structure="compressed data", offset=start
         )
-    blob = memoryview(bytearray(end - start))
+    blob = memoryview(new_buffer(end - start))
     node.readv([(start, blob)])
     for unit in run:
         skip = unit.extent.host_offset - start

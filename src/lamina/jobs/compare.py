@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from lamina.block.extents import Kind
 from lamina.block.status import Status
+from lamina.buffers import new_buffer
 from lamina.errors import LaminaError
 from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.jobs.overlap import overlapped
@@ -73,7 +74,7 @@ class Piece:
     __slots__ = ("buffers", "difference", "length", "offset", "zero")
 
     def __init__(self) -> None:
-        self.buffers = (bytearray(_PIECE), bytearray(_PIECE))
+        self.buffers = (new_buffer(_PIECE), new_buffer(_PIECE))
         self.difference: int | None = None
 
     def set(self, offset: int, length: int, zero: tuple[bool, bool]) -> Piece:

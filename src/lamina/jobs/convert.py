@@ -15,6 +15,7 @@ from itertools import islice
 from lamina.block.extents import Extent, Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.status import Status
+from lamina.buffers import new_buffer
 from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.jobs.overlap import overlapped
@@ -90,7 +91,7 @@ class Batch:
     __slots__ = ("buffer", "done", "length", "runs", "view", "writes", "zeroes")
 
     def __init__(self, size: int) -> None:
-        self.buffer = bytearray(size)
+        self.buffer = new_buffer(size)
         self.view = memoryview(self.buffer)
         self.clear()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from lamina.block.extents import Kind
 from lamina.block.limits import WriteFlags
 from lamina.block.status import chain
+from lamina.buffers import new_buffer
 from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING
 from lamina.jobs.overlap import overlapped
@@ -32,8 +33,8 @@ class Piece:
 
     def __init__(self, size: int) -> None:
         self.offset = self.length = 0
-        self.present = bytearray(size)
-        self.future = bytearray(size)
+        self.present = new_buffer(size)
+        self.future = new_buffer(size)
         self.differing: list[tuple[int, int]] = []
         """Start and end, within the piece."""
 

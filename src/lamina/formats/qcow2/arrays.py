@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from lamina.buffers import new_buffer
 from lamina.formats.qcow2.layout import COMPRESSED, COPIED, INCOMPAT_DATA_FILE, OFFSET_MASK
 from lamina.hints import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,9 +48,9 @@ def read_into(file: Node, pieces: list[tuple[int, memoryview]]) -> None:
 
 def read_words(file: Node, offset: int, count: int) -> Words:
     """``count`` big-endian 64-bit entries from ``offset`` on, in the machine's byte order."""
-    buffer = bytearray(count * 8)
-    read_into(file, [(offset, memoryview(buffer))])
-    words = np.frombuffer(buffer, dtype=np.uint64)
+    content = new_buffer(count * 8)
+    read_into(file, [(offset, memoryview(content))])
+    words = np.frombuffer(content, dtype=np.uint64)
     return words.byteswap(inplace=True) if _LITTLE else words
 
 
@@ -71,9 +72,9 @@ def read_tables(file: Node, offsets: Indices, table_bytes: int) -> Iterator[Tabl
     Offset 0 stands for a table of zeroes. The arrays of a run are overwritten by the next one.
     """
     step = max(BATCH // table_bytes, 1)
-    buffer = bytearray(min(step, len(offsets)) * table_bytes)
-    view = memoryview(buffer)
-    raw = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, table_bytes // 8)
+    content = new_buffer(min(step, len(offsets)) * table_bytes)
+    view = memoryview(content)
+    raw = np.frombuffer(content, dtype=np.uint64).reshape(-1, table_bytes // 8)
     swapped = np.empty_like(raw) if _LITTLE else raw
     # Where a table does not adjoin the one before it in the file.
     apart = (np.diff(offsets) != table_bytes) | (offsets[:-1] == 0)

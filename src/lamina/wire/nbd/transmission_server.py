@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 
+from lamina.buffers import new_buffer
 from lamina.hints import NamedTuple
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.steps import ProtocolError
@@ -151,7 +152,7 @@ class RequestReader:
     def _begin_large(self, request: Request) -> None:
         length = request.length
         if len(self._large) != length:
-            self._large = bytearray(length)
+            self._large = new_buffer(length)
         target = memoryview(self._large)
         there = self._end - self._start
         target[:there] = self._buffer[self._start : self._end]
