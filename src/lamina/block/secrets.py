@@ -18,6 +18,12 @@ class Secrets:
         except KeyError:
             raise UsageError(f"No secret with id '{name}'") from None
 
+    def require(self, name: str | None, key: str) -> bytes:
+        """The same for the value of option ``key``, which may not be missing."""
+        if name is None:
+            raise UsageError(f"Parameter '{key}' is required for cipher", field=key)
+        return self.lookup(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._values
 

@@ -42,9 +42,9 @@ class LuksDriver(Driver):
     def measure(
         self, options: Any, source: Node | None, context: CreateContext
     ) -> Measurement:
-        from lamina.formats.luks.create import file_size, required_secret
+        from lamina.formats.luks.create import file_size
 
-        required_secret(options, context)
+        context.secrets.require(options.key_secret, "key-secret")
         if source is not None:
             options = replace(options, size=source.size)
         total = file_size(options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lamina.ciphers.luks.create import first_key, new_header
 from lamina.ciphers.luks.header import Header
-from lamina.errors import UsageError
 from lamina.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,15 +30,9 @@ def file_size(options: LuksCreateOptions) -> int:
     return header.slots_end + (0 if options.detached_header else options.size)
 
 
-def required_secret(options: LuksCreateOptions, context: CreateContext) -> bytes:
-    if options.key_secret is None:
-        raise UsageError("Parameter 'key-secret' is required for cipher", field="key-secret")
-    return context.secrets.lookup(options.key_secret)
-
-
 def create(options: LuksCreateOptions, file: Node, context: CreateContext) -> None:
     """The header and a key; the payload of an attached one is there already, or grows."""
-    passphrase = required_secret(options, context)
+    passphrase = context.secrets.require(options.key_secret, "key-secret")
     header = header_for(options)
     _, material = first_key(header, passphrase, options.iter_time)
     file.write(header.slots[0].offset, material)

@@ -62,9 +62,7 @@ class LuksMapping(Mapping):
             )
 
     def _unlock(self, options: LuksOptions, context: OpenContext) -> SectorCipher:
-        if options.key_secret is None:
-            raise UsageError("Parameter 'key-secret' is required for cipher", field="key-secret")
-        passphrase = context.secrets.lookup(options.key_secret)
+        passphrase = context.secrets.require(options.key_secret, "key-secret")
         self.key, _ = unlock(self.header, passphrase, HeaderStorage(self.header_node).read)
         return CipherSpec.of(self.header).sectors(self.key)
 

@@ -58,9 +58,5 @@ def _crypt_method(options: QcowCreateOptions, context: CreateContext) -> int:
         )
     if wanted == "luks":
         raise UsageError("Unsupported encryption format", field="encrypt.format")
-    if options.encrypt_key_secret is None:
-        raise UsageError(
-            "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"
-        )
-    context.secrets.lookup(options.encrypt_key_secret)
+    context.secrets.require(options.encrypt_key_secret, "encrypt.key-secret")
     return layout.CRYPT_AES

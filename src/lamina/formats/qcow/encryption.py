@@ -21,8 +21,4 @@ def aes_cipher(options: QcowOptions, context: OpenContext) -> Cipher:
             f"'{options.encrypt_format}'",
             field="encrypt.format",
         )
-    if options.encrypt_key_secret is None:
-        raise UsageError(
-            "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"
-        )
-    return qcow_aes(context.secrets.lookup(options.encrypt_key_secret))
+    return qcow_aes(context.secrets.require(options.encrypt_key_secret, "encrypt.key-secret"))

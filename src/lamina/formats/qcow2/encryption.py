@@ -119,11 +119,7 @@ def unlock_image(
             f"'{options.encrypt_format}'",
             field="encrypt.format",
         )
-    if options.encrypt_key_secret is None:
-        raise UsageError(
-            "Parameter 'encrypt.key-secret' is required for cipher", field="encrypt.key-secret"
-        )
-    passphrase = context.secrets.lookup(options.encrypt_key_secret)
+    passphrase = context.secrets.require(options.encrypt_key_secret, "encrypt.key-secret")
     if actual == "aes":
         from lamina.ciphers.modes import qcow_aes
 
