@@ -226,6 +226,16 @@ class DynamicMapping(VpcMapping, BlockMapping):
         self.gate()
         self.gate = lambda: None
 
+    def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
+        reservation = super().reserve(ranges)
+        assert isinstance(reservation, VpcReservation)
+        try:
+            reservation.hold()
+        except BaseException:
+            reservation.abort()
+            raise
+        return reservation
+
     def reservation(self) -> BlockReservation:
         return VpcReservation(self)
 
@@ -323,6 +333,19 @@ class VpcReservation(BlockReservation):
                 reads_zero=untouched,
             )
         )
+
+    def hold(self) -> None:
+        """Have room for the bitmaps of new blocks and for the footer behind them: a flush shall not
+        be the first to see that there is none."""
+        if self._new:
+            mapping = self._mapping
+            blocks = [place - mapping.prefix for _, place in self._new]
+            mapping.file.writev(
+                [
+                    *((block, mapping.bitmaps.content(block)) for block in blocks),
+                    (mapping.appender.end, mapping.footer.pack()),
+                ]
+            )
 
     def commit(self) -> None:
         super().commit()
