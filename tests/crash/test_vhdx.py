@@ -10,6 +10,7 @@ import pytest
 
 from lamina.block.driver import Fix
 from lamina.errors import ImageCorrupt
+from lamina.formats.vhdx import DRIVER
 from lamina.formats.vhdx.check import check
 from lamina.testing.crash import CrashFile, GuestLog, power_cuts
 from lamina.testing.memory import MemoryFile
@@ -137,6 +138,36 @@ def test_shrinking_gives_bitmaps_back() -> None:
     initial = make(size, parent=parent)
     for cut in power_cuts(workload, initial=initial, guest_content=BELOW[:head], subsets=0):
         cut.verify(read_after(cut.content, parent, head))
+
+
+def test_losing_the_parent() -> None:
+    """All that is not here is zeroes below, as it is after a rebase; old data lies in the place of
+    some of it."""
+    parent = filled(make(SIZE), bytes(MIB) + BELOW[MIB:])
+    below = bytes(MIB) + BELOW[MIB:]
+    file = MemoryFile(make(SIZE, parent=parent))
+    disk = open_image(file, parent=parent)
+    disk.write(0, b"old" * MIB)
+    disk.discard(0, 2 * MIB)
+    disk.flush()
+    disk.write(100, b"mine" * 5000)
+    disk.write(MIB, BELOW[MIB:])
+    disk.close()
+    content = b"".join([bytes(100), b"mine" * 5000, bytes(MIB - 20100), below[MIB:]])
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        disk = open_image(file, parent=parent)
+        DRIVER.change_backing_file(disk, None, None)
+        assert disk.read(0, SIZE) == content
+        disk.close()
+
+    parents = set()
+    for cut in power_cuts(workload, initial=bytes(file.content), guest_content=content):
+        disk = open_image(MemoryFile(cut.content), parent=parent, node_options=READ_ONLY)
+        parents.add((disk.mapping.differencing, bool(disk.mapping.image.parent)))
+        disk.close()
+        assert read_after(cut.content, parent) == content
+    assert parents == {(True, True), (False, False)}
 
 
 def test_tables_ahead_of_the_log_are_found() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.formats.vpc import DRIVER
+from lamina.formats.vpc.layout import DIFFERENCING, DYNAMIC
 from lamina.formats.vpc.mapping import DynamicMapping
 from lamina.testing.crash import CrashFile, GuestLog, power_cuts
 from lamina.testing.memory import MemoryFile
@@ -124,6 +125,41 @@ def test_changing_the_parent() -> None:
         _, lines, _ = check(file.content)
         assert lines == []
     assert parents == {(ID, "below.vhd"), (b"another identity", "directory/other.vhd")}
+
+
+def test_losing_the_parent() -> None:
+    """All that is not here is zeroes below, as it is after a rebase; old data lies in the place of
+    some of it."""
+    below = bytes(3 * UNIT) + BELOW[3 * UNIT : 6 * UNIT] + bytes(SIZE - 6 * UNIT)
+    content = bytearray(below)
+    file = MemoryFile(make(SIZE, parent=ID) + b"old" * 4 * UNIT)
+    disk = open_image(file, MemoryFile(below))
+    for offset in (1, 3 * UNIT, 4 * UNIT, 5 * UNIT, 9 * UNIT + 600):
+        data = BELOW[offset : offset + UNIT]
+        disk.write(offset, data)
+        content[offset : offset + UNIT] = data
+    disk.close()
+
+    def workload(file: CrashFile, guest: GuestLog) -> None:
+        disk = open_image(file, MemoryFile(below))
+        DRIVER.change_backing_file(disk, None, None)
+        assert disk.read(0, SIZE) == content
+        disk.close()
+
+    types = set()
+    for cut in power_cuts(
+        workload, initial=bytes(file.content), guest_content=bytes(content), subsets=8
+    ):
+        file = MemoryFile(cut.content)
+        disk = open_image(file, MemoryFile(below))
+        assert disk.read(0, SIZE) == content
+        mapping = disk.mapping
+        assert isinstance(mapping, DynamicMapping)
+        types.add((mapping.footer.disk_type, mapping.header.parent_id))
+        disk.write(20000, b"after the cut" * 500)
+        disk.close()
+        assert check(file.content)[1] == []
+    assert types == {(DIFFERENCING, ID), (DYNAMIC, bytes(16))}
 
 
 def test_entries_ahead_of_data_are_found() -> None:

@@ -291,6 +291,19 @@ def test_differencing(tmp_path: Path, session: Session, sector: int) -> None:
         assert _blank(_by_libvhdi(names[: number + 1], size), zeroed) == expected
         if sector == 512 or not number:
             assert _by_dissect(path, size) == content
+    # Without any parent, nothing is left that these readers get wrong.
+    lamina_img("rebase", "-b", "", names[-1])
+    for name in names[:-1]:
+        name.unlink()
+    assert _by_libvhdi(names[-1:], size) == content
+    assert _by_dissect(names[-1], size) == content
+    with Backend.open(str(names[-1]), session=session) as disk:
+        assert disk.node.info().backing_filename is None
+    if sector == 512:
+        qemu_says_it_is_whole(names[-1])
+        raw = tmp_path / "raw"
+        raw.write_bytes(content)
+        run("qemu-img", "compare", "-f", "vhdx", "-F", "raw", names[-1], raw)
 
 
 def _blank(content: bytes | bytearray, blocks: list[int]) -> bytes:

@@ -104,7 +104,7 @@ def test_made_by_qemu(tmp_path: Path, subformat: str) -> None:
         {"hwversion": "11", "toolsversion": "10", "adapter_type": "buslogic"},
         {"subformat": "monolithicFlat", "adapter_type": "legacyESX"},
         {"subformat": "twoGbMaxExtentSparse"},
-        {"subformat": "twoGbMaxExtentFlat"},
+        {"subformat": "twoGbMaxExtentFlat", "toolsversion": ""},
     ],
 )
 @pytest.mark.parametrize("size", [SIZE, 5 << 30])
@@ -162,6 +162,7 @@ def test_backing_files(tmp_path: Path) -> None:
         ("compat6=on,hwversion=7", "1M"),
         ("subformat=monolithicFlat,zeroed_grain=on", "1M"),
         ("subformat=monolithicFlat,backing_file=base.vmdk,backing_fmt=vmdk", "1M"),
+        ("subformat=monolithicFlat,backing_file=base.raw,backing_fmt=raw", "1M"),
         ("backing_file=base.vmdk,backing_fmt=raw", "1M"),
         ("backing_file=base.raw,backing_fmt=raw", "1M"),
         ("backing_file=base.raw,backing_fmt=vmdk", "1M"),

@@ -235,6 +235,46 @@ def test_children_are_rebased(family: tuple[Path, Path, bytearray], kind: str) -
     assert second_reader(other, child) == content
 
 
+def test_children_become_whole(family: tuple[Path, Path, bytearray]) -> None:
+    """Rebased to nothing: QEMU, which knows no parents, and a reader that believes the bitmaps."""
+    import pyvhdi
+
+    parent, child, content = family
+    exercise(child, "vpc", content, random.Random(6), 10)
+    run("lamina-img", "rebase", "-f", "vpc", "-b", "", child)
+    parent.unlink()
+    checked(child)
+    same(child, "vpc", content)
+    reader = pyvhdi.file()
+    reader.open(str(child))
+    assert reader.read_buffer(len(content)) == content
+    reader.close()
+    with opened(child, "vpc", writable=False) as disk:
+        assert disk.info().backing_filename is None
+    exercise(child, "vpc", content, random.Random(7), 10)
+    exercise_theirs(child, "vpc", content, random.Random(8))
+    checked(child)
+
+
+def test_parents_that_cannot_be_had(family: tuple[Path, Path, bytearray]) -> None:
+    """Known before anything is copied."""
+    parent, child, _ = family
+    raw = parent.with_name("raw")
+    raw.write_bytes(bytes(SIZE))
+    other = parent.with_name("other.vhd")
+    create(other)
+    before = parent.read_bytes(), child.read_bytes()
+    for image, format, name, words in (
+        (child, "raw", raw, "must be one as well"),
+        (parent, "vpc", other, "cannot gain one"),
+    ):
+        said = run(
+            *("lamina-img", "rebase", "-f", "vpc", "-b", name, "-F", format, image), status=1
+        )
+        assert words in said
+    assert (parent.read_bytes(), child.read_bytes()) == before
+
+
 def test_children_whose_parent_moved(family: tuple[Path, Path, bytearray]) -> None:
     """Unsafely: the parent itself under another name, and another one for the same content."""
     parent, child, content = family

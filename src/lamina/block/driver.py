@@ -131,6 +131,12 @@ class Driver:
         """
         raise ImageUnsupported("Operation not supported")
 
+    def check_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        """Raises what ``change_backing_file`` would raise for images of another kind, so that it is
+        known before anything is copied for the sake of the change. Opens and changes nothing."""
+        if type(self).change_backing_file is Driver.change_backing_file:
+            raise ImageUnsupported("Operation not supported")
+
     def make_empty(self, node: Node) -> None:
         """Drop all guest data, so that everything comes from the backing file."""
         raise ImageUnsupported("Operation not supported")

@@ -94,6 +94,12 @@ class BlockTable:
         data = entry.to_bytes(self.entry_bytes, self.byteorder)
         self._chunks.update(self.host_offset + start, at - start, data)
 
+    def hold(self, index: int) -> None:
+        """See to it that the file has room for an entry that is about to be set."""
+        at = index * self.entry_bytes
+        start, _ = self._chunk(at)
+        self._chunks.hold(self.host_offset + start, at - start, self.entry_bytes)
+
     def runs(self, first: int, count: int) -> Iterator[tuple[int, array[int]]]:
         """(index of the first, entries) for ``count`` entries from ``first``, chunk by chunk."""
         for index, data in self._bytes(first, count):
@@ -310,6 +316,7 @@ class BlockReservation(Reservation):
     def take(self, block: int) -> tuple[int, bool]:
         """Host offset of the data of a new block, and whether it reads as zeroes for certain."""
         mapping = self._mapping
+        mapping.table.hold(block)
         offset, untouched = mapping.appender.take(
             mapping.block_bytes, mapping.block_alignment, prefix=mapping.prefix
         )

@@ -21,6 +21,9 @@ RECENT = 16
 """So many of the tables used last are never evicted: a caller may hold a few at once."""
 
 
+_ZEROES = bytes(4096)
+
+
 class TableCache:
     """The tables of one kind: L2 tables, refcount blocks, …"""
 
@@ -133,6 +136,23 @@ class TableCache:
         """Change bytes of a table, loading it if need be."""
         self.get(host_offset)[start : start + len(data)] = data
         self.dirty(host_offset, start, len(data))
+
+    def hold(self, host_offset: int, start: int, length: int) -> None:
+        """Before the first entry of a part of a cached table is set: have room for that part.
+
+        What is all zeroes may be a hole of the file. Written as it is, it is one no longer: a flush
+        shall not be the first to see that there is no room, when everything that the table carries
+        is acknowledged. Raises StorageError.
+        """
+        table = self._tables[host_offset]
+        changed = 0
+        for masks in self._dirty.values():
+            changed |= masks.get(host_offset, 0)
+        for number in range(start // self.grain, -(-(start + length) // self.grain)):
+            at = number * self.grain
+            part = _ZEROES[: min(self.grain, len(table) - at)]
+            if table.startswith(part, at) and not changed >> number & 1:
+                self.node.write(host_offset + at, part)
 
     def _load(self, places: list[tuple[int, int]]) -> bytearray:
         """Load and return the last of these."""

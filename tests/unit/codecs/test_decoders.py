@@ -111,6 +111,9 @@ def test_threads(codec: str) -> None:
         (b"\x81ab\x3c\x01", b"ab" + b"ab" * 9),
         (b"\x80a\x40\x00\x00", b"aaaaa"),
         (b"\xff" + b"q" * 128 + b"\x7f\x00\x7f", b"q" * 195),
+        (b"\x80a" + b"\x7f\x00\x00" * 1000, b"a" * 67_001),
+        (b"\x81ab" + b"\x41\x00\x01" * 9 + b"\x80c", b"ab" * 23 + b"ac"),
+        (b"\x80a" + b"\x7f\x00\x00" * 1000, b"a" * 50_000),
         (b"\xff" + b"q" * 127 + b"z" + (b"\xff" + b"r" * 128) * 8 + b"\x03\xff", None),
     ],
 )

@@ -186,3 +186,29 @@ def test_fuzz():
         with contextlib.suppress(LaminaError):
             verify(content, ALL)
     assert accepted > 50
+
+
+def test_features_that_are_to_stay() -> None:
+    """Those that nobody here knows, with what may belong to them; bitmaps go all the same."""
+    content = bytearray(empty_image(SIZE))
+    theirs = len(content)
+    content += b"theirs!!" * (UNIT // 8)
+    stays = struct.pack("<QQII", 99, 2, 5, 0) + b"hello\0\0\0"
+    goes = struct.pack("<QQII", 98, 0, 3, 0) + b"bye\0\0\0\0\0"
+    bitmap = bitmap_feature(SECTORS, [1], granularity=1)
+    content = with_extension(bytes(content), goes + stays + bitmap)
+    place = struct.unpack_from("<Q", content, 56)[0] * 512
+    assert verify(content)[1] == []
+    file = MemoryFile(content)
+    for number in range(2):
+        disk = open_image(file)
+        disk.write(number * 2 * UNIT, b"x" * 2 * UNIT)
+        disk.discard(0, UNIT)
+        with pytest.raises(ImageUnsupported, match="to resize it"):
+            disk.truncate(2 * SIZE)
+        disk.close()
+        assert struct.unpack_from("<Q", file.content, 56)[0] * 512 == place
+        assert file.content[place + 24 : place + 24 + len(stays) + 24] == stays + bytes(24)
+        assert file.content[theirs : theirs + UNIT] == b"theirs!!" * (UNIT // 8)
+        assert verify(bytes(file.content))[1] == []
+        assert not opened(bytes(file.content)).dirty_bitmaps

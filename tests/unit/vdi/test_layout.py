@@ -85,3 +85,11 @@ def test_odd_sizes_are_rounded_up() -> None:
     image = bytearray(make(SIZE))
     struct.pack_into("<Q", image, 0x170, SIZE - 100)
     assert open_image(MemoryFile(image)).size == SIZE
+
+
+@pytest.mark.parametrize(("offset", "value"), [(0x48, 0), (0x4C, 4)])
+def test_what_is_tolerated(offset: int, value: int) -> None:
+    """A header of no length; the type of a differencing image, which names no parent."""
+    image = bytearray(make(SIZE))
+    struct.pack_into("<I", image, offset, value)
+    assert open_image(MemoryFile(image)).read(0, SIZE) == bytes(SIZE)

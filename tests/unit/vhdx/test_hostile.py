@@ -85,6 +85,7 @@ OPENED = [
     ("one region table", [(192 * KIB, b"X")]),
     ("the other region table", [(256 * KIB + 20, b"X")]),
     ("disk size 513", [(ITEMS + 8, struct.pack("<Q", 513))]),
+    ("reserved bits of an entry", [(BAT, bytes([IMAGE[BAT] | 8]))]),
     ("unmapped, as drafts had it", [(BAT, struct.pack("<Q", 5))]),
 ]
 

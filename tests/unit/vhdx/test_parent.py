@@ -161,7 +161,7 @@ def test_links_that_cannot_be(images, session, tmp_path):
     base, child = images
     (tmp_path / "raw").write_bytes(bytes(MIB))
     with opened(child, session, writable=True) as disk:
-        for name, format in ((None, None), ("../base.vhdx", "raw"), ("../raw", "vhdx")):
+        for name, format in (("../base.vhdx", "raw"), ("../raw", "vhdx")):
             with pytest.raises(ImageUnsupported):
                 DRIVER.change_backing_file(disk.node, name, format)
         with pytest.raises(StorageError):
@@ -169,7 +169,7 @@ def test_links_that_cannot_be(images, session, tmp_path):
         assert disk.node.info().backing_filename == "../base.vhdx"
     with (
         opened(base, session, writable=True) as disk,
-        pytest.raises(ImageUnsupported, match="gain or lose"),
+        pytest.raises(ImageUnsupported, match="cannot gain"),
     ):
         DRIVER.change_backing_file(disk.node, "children/child.vhdx", "vhdx")
     with opened(child, session) as disk:

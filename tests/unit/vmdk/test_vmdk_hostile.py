@@ -26,6 +26,7 @@ from tests.unit.vmdk.images import (
 )
 
 SIZE = 200 * GRAIN
+IMAGE = monolithic(SIZE)
 READABLE = NodeOptions(read_only=True, filename="memory")
 
 
@@ -63,6 +64,24 @@ def test_header_fields(offset: int, data: bytes, message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("offset", "data"),
+    [
+        (77, b"\x09\0"),
+        (48, struct.pack("<Q", 1 << 50)),
+        (IMAGE.index(b"monolithicSparse"), b"somethingUnknown"),
+    ],
+)
+def test_what_is_tolerated(offset: int, data: bytes) -> None:
+    """A way to compress that is not used, no redundant directory, a type that is not asked for."""
+    image = bytearray(IMAGE)
+    image[offset : offset + len(data)] = data
+    disk = open_image(MemoryFile(image))
+    disk.write(1000, b"x" * GRAIN)
+    disk.close()
+    assert open_image(MemoryFile(image)).read(0, SIZE) == bytes(SIZE)
+
+
 def test_version_3_is_read_only_unless_compressed() -> None:
     image = bytearray(monolithic(SIZE))
     image[4] = 3
@@ -94,6 +113,37 @@ def test_zero_extents_and_extents_for_reading() -> None:
     with pytest.raises(LaminaError):
         disk.read(20480, 512)
     assert one.content == b"1" * 8192
+
+
+@pytest.mark.parametrize("access", ["RDONLY", "NOACCESS", "RW"])
+def test_disks_of_one_extent_that_is_no_data(access: str) -> None:
+    kind = "ZERO" if access == "RW" else "FLAT"
+    line = ExtentLine(access, 8192, kind, "" if kind == "ZERO" else "one")
+    disk = open_image(MemoryFile(split("monolithicFlat", [line])), MemoryFile(b"1" * 8192))
+    assert disk.size == 8192
+    if access == "NOACCESS":
+        with pytest.raises(LaminaError):
+            disk.read(0, 512)
+    else:
+        assert disk.read(0, 8192) == (b"1" if kind == "FLAT" else b"\0") * 8192
+    with pytest.raises(LaminaError):
+        disk.write(0, b"x")
+
+
+def test_extents_in_one_file(tmp_path) -> None:
+    """FLAT ones may be, others may not; and a file has to be there, and what it is said to be."""
+    (tmp_path / "file").write_bytes(b"a" * 1024)
+    image = tmp_path / "disk.vmdk"
+    for kind, name, message in (
+        ("SPARSE", "file", "Image not in VMDK format"),
+        ("FLAT", "gone", "Could not open .*gone': No such file"),
+    ):
+        image.write_bytes(split("twoGbMaxExtentFlat", [ExtentLine("RW", 512, kind, name)]))
+        with pytest.raises(LaminaError, match=message):
+            lamina.open(image, format="vmdk")
+    image.write_bytes(split("twoGbMaxExtentFlat", [ExtentLine("RW", 512, "FLAT", "file")] * 2))
+    with lamina.open(image, format="vmdk") as disk:
+        assert disk.pread(1024, 0) == b"a" * 1024
 
 
 def test_extents_are_opened_where_the_policy_allows(tmp_path) -> None:
@@ -186,6 +236,41 @@ def test_repairs() -> None:
     disk.close()
     assert file.content[72] == 0
     assert b"lost" not in file.content
+
+
+def test_grains_that_share_a_place_are_parted() -> None:
+    """Each goes on reading as it did, and none is changed with another one."""
+    file = MemoryFile(monolithic(SIZE))
+    disk = open_image(file)
+    pieces = [random.Random(number).randbytes(GRAIN) for number in range(6)]
+    disk.write(0, b"".join(pieces))
+    disk.close()
+    image = bytearray(file.content)
+    for at in (56, 48):
+        directory = 512 * struct.unpack_from("<Q", image, at)[0]
+        table = 512 * struct.unpack_from("<I", image, directory)[0]
+        places = struct.unpack_from("<6I", image, table)
+        # Two more names for the first grain, and one that begins in its middle.
+        struct.pack_into("<4I", image, table + 8, places[0], places[0] + 4, places[0], places[5])
+    middle = (pieces[0] + pieces[1])[2048 : 2048 + GRAIN]
+    expected = [pieces[0], pieces[1], pieces[0], middle, pieces[0], pieces[5]]
+    lines: list[str] = []
+    disk = open_image(MemoryFile(image, READABLE), options=READABLE)
+    assert DRIVER.check(disk, Fix(), lines.append).corruptions == 4
+    assert lines[0] == "ERROR: 4 grains lie where others do"
+    disk = open_image(MemoryFile(image, WRITABLE))
+    before = parent_cid_of(disk)
+    everything = Fix(leaks=True, errors=True)
+    assert DRIVER.check(disk, everything, lines.append).corruptions_fixed == 3
+    assert parent_cid_of(disk) == before
+    lines.clear()
+    # This file has no holes: what was freed is found again, and nothing else.
+    assert not DRIVER.check(disk, everything, lines.append).corruptions
+    assert lines == ["Leaked 3 grains of memory"]
+    assert disk.read(0, 6 * GRAIN) == b"".join(expected)
+    for number in range(6):
+        disk.write(number * GRAIN, bytes([number]) * GRAIN)
+    assert disk.read(0, 6 * GRAIN) == b"".join(bytes([number]) * GRAIN for number in range(6))
 
 
 def test_wild_images() -> None:

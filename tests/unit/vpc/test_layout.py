@@ -73,6 +73,7 @@ def test_bitmaps_take_whole_sectors(size: int, length: int) -> None:
         (64, b"\0\0", "Incorrect header checksum"),
         (512, b"X", "Invalid header magic"),
         (60, struct.pack(">I", 0), "Unsupported VHD disk type 0"),
+        (60, struct.pack(">I", 4), "This differencing VHD image does not name its parent"),
         (60, struct.pack(">I", 9), "Unsupported VHD disk type 9"),
         (16, struct.pack(">Q", 1 << 50), "Invalid header magic"),
         (48, struct.pack(">Q", 1 << 62), "File too large"),
@@ -122,6 +123,12 @@ def test_a_fixed_disk_larger_than_its_file() -> None:
     image = fixed(SIZE)[: SIZE // 2] + fixed(SIZE)[-512:]
     with pytest.raises(LaminaError, match="The image has been truncated"):
         open_image(MemoryFile(image))
+
+
+def test_a_header_with_another_checksum() -> None:
+    image = bytearray(make(SIZE))
+    image[548:552] = b"\1\2\3\4"
+    assert open_image(MemoryFile(image)).read(0, SIZE) == bytes(SIZE)
 
 
 def test_geometry_of_nothing() -> None:

@@ -318,9 +318,6 @@ def test_another_parent() -> None:
         assert parse_footer(file.content[:512]).data_offset == 512
         assert disk.read(0, 4097) == b"x" * 4096 + b"b"
     before = bytes(file.content)
-    for what in ((None, None), ("", None)):
-        with pytest.raises(ImageUnsupported, match="cannot gain or lose its parent"):
-            DRIVER.change_backing_file(disk, *what)
     with pytest.raises(ImageUnsupported, match="must be one as well"):
         DRIVER.change_backing_file(disk, "other.raw", "raw")
     with pytest.raises(UsageError, match="must be a local file"):
@@ -333,7 +330,7 @@ def test_another_parent() -> None:
     disk.close()
     assert file.content == before
     plain = open_image(filled([0]))
-    with pytest.raises(ImageUnsupported, match="cannot gain or lose its parent"):
+    with pytest.raises(ImageUnsupported, match="cannot gain one"):
         DRIVER.change_backing_file(plain, "other.vhd", "vpc")
 
 

@@ -129,6 +129,7 @@ class ClusterReservation(Reservation):
             place = mapping.place(block)
             fresh = place < 0
             if fresh:
+                mapping.table.hold(block)
                 place = mapping.clusters.take()
                 self._new.append((block, place))
             self.pieces.append(

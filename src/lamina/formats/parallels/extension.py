@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAGIC = 0xAB234CEF23DCEA87
 DIRTY_BITMAP = 0x20385FAE252CB34A
-NECESSARY = 1
+NECESSARY, TRANSIT = 1, 2
 _HEAD = struct.Struct("<Q16s")
 _FEATURE = struct.Struct("<QQII")
 _BITMAP = struct.Struct("<Q16sII")
@@ -50,6 +50,8 @@ class Extension:
     bitmaps: tuple[BitmapFeature, ...]
     necessary: bool
     """Whoever changes the image must know some feature that is unknown here."""
+    kept: bytes = b""
+    """Features that are unknown here and stay as they are when the image is changed."""
 
     def places(self, header: Header) -> list[int]:
         """Host offsets of the clusters that belong to it, its own first."""
@@ -88,13 +90,15 @@ def parse_extension(data: bytes, header: Header) -> Extension:
         )
     bitmaps: list[BitmapFeature] = []
     necessary = False
+    kept = b""
     at = _HEAD.size
     while True:
         if at + _FEATURE.size > len(data):
             raise _corrupt("Format Extension has no end", offset + at)
         feature, flags, size, _ = _FEATURE.unpack_from(data, at)
         if feature == 0:
-            return Extension(tuple(bitmaps), necessary)
+            return Extension(tuple(bitmaps), necessary, kept)
+        start = at
         at += _FEATURE.size
         if at + size > len(data):
             raise _corrupt("Feature of Format Extension ends behind its end", offset + at)
@@ -105,6 +109,16 @@ def parse_extension(data: bytes, header: Header) -> Extension:
         elif flags & NECESSARY:
             necessary = True
         at += -(-size // 8) * 8
+        if feature != DIRTY_BITMAP and flags & TRANSIT:
+            kept += data[start:at]
+
+
+def pack_extension(features: bytes, cluster_size: int) -> bytes:
+    """A cluster of these features."""
+    from hashlib import md5
+
+    body = features.ljust(cluster_size - _HEAD.size, b"\0")
+    return _HEAD.pack(MAGIC, md5(body, usedforsecurity=False).digest()) + body
 
 
 def _parse_bitmap(data: bytes, header: Header, offset: int) -> BitmapFeature:

@@ -172,6 +172,9 @@ class ParallelsMapping(BlockMapping):
         """(start, end) of host bytes that belong to something, ascending and apart."""
         if self.extension is None:
             return found.used
+        if self.extension.kept:
+            # Nobody knows what else belongs to features that are not known.
+            return [(self.data_offset(found), self.file.size)]
         used = [*found.used]
         used += [(place, place + self.unit) for place in self.extension.places(self.header)]
         return sorted(used)
@@ -234,10 +237,21 @@ class ParallelsMapping(BlockMapping):
         return {"bitmaps": bitmaps}
 
     def before_first_write(self) -> None:
-        """The image is in use, and its extension will not be true any longer."""
-        self.write_state(replace(self.header, in_use=IN_USE, extension_sector=0, flags=0))
+        """The image is in use, and its bitmaps will not be true any longer: they go."""
+        extension, place = self.extension, self.header.extension_sector
+        kept = b"" if extension is None else extension.kept
+        if not kept:
+            place = 0
+        self.write_state(replace(self.header, in_use=IN_USE, extension_sector=place, flags=0))
         self._marked = True
-        if self.extension is not None:
+        if kept:
+            from lamina.formats.parallels.extension import Extension, pack_extension
+
+            # As long as the image is in use nobody believes what is there.
+            self.file.write(place * SECTOR, pack_extension(kept, self.unit))
+            self.file.flush()
+            self.extension = Extension((), False, kept)
+        elif extension is not None:
             # Its clusters are free now.
             self.extension = None
             self.set_free_space(self.survey())
@@ -280,6 +294,12 @@ class ParallelsMapping(BlockMapping):
     ) -> None:
         from lamina.formats.parallels.resize import resize
 
+        if self.extension is not None and self.extension.kept:
+            raise ImageUnsupported(
+                "The image has features that a program must know to resize it",
+                format="parallels",
+                structure="format extension",
+            )
         resize(self, size, preallocation)
 
     def settle(self) -> None:

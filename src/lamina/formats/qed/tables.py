@@ -89,13 +89,14 @@ class Tables:
         if table:
             return table
         length = self.header.table_bytes
+        self._l1.hold(*self._place(self.header.l1_table_offset, index), _ENTRY.size)
         start = self._appender.end
-        table, untouched = self._appender.take(length, self.header.cluster_size)
+        table, _ = self._appender.take(length, self.header.cluster_size)
         try:
             self._appender.reach(table + length)
-            if not untouched:
-                self._file.write_zeroes(table, length)
-                self._metadata.data_written(self._file)
+            # Not left to be a hole: a flush shall not be the first to see that there is no room.
+            self._file.write_zeroes(table, length)
+            self._metadata.data_written(self._file)
         except BaseException:
             self._appender.give_back(start, table + length)
             raise

@@ -49,6 +49,11 @@ class VhdxDriver(Driver):
         with _exclusive(node) as mapping:
             change_parent(mapping, filename, format)
 
+    def check_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        from lamina.formats.vhdx.parent import check_change
+
+        check_change(_mapping(node), format)
+
     def make_empty(self, node: Node) -> None:
         from lamina.formats.vhdx.parent import make_empty
 

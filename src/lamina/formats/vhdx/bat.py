@@ -63,6 +63,15 @@ class Bat:
         table, at = self.place(index)
         self.tables.update(table, at, _ENTRY.pack(entry))
 
+    def hold(self, block: int) -> None:
+        """See to it that the file has room for the entry of a block and for that of its bitmap."""
+        chunk = block >> self.ratio_bits
+        for index in (block + chunk, chunk * (self.ratio + 1) + self.ratio):
+            if index < self.count:
+                table, at = self.place(index)
+                self.tables.get(table)
+                self.tables.hold(table, at, _ENTRY.size)
+
     def get(self, block: int) -> int:
         return self._get(block + (block >> self.ratio_bits))
 

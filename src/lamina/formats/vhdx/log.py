@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
+from lamina.block.extents import Kind
 from lamina.engine.metadata import DirtyWrite
 from lamina.errors import ImageCorrupt
 from lamina.formats.vhdx.layout import checksum_fits, with_checksum
@@ -22,6 +23,7 @@ from lamina.units import MIB, round_down, round_up
 if TYPE_CHECKING:
     from lamina.block.node import Node
     from lamina.formats.vhdx.headers import Headers
+    from lamina.formats.vhdx.layout import Header
 
 SECTOR = 4096
 """Bytes of a log sector, and the granularity of what is logged."""
@@ -160,6 +162,14 @@ def check_targets(changes: Sequence[Change], *, log: tuple[int, int], end: int) 
 
 
 # -- writing ---------------------------------------------------------------------------------------
+
+
+def hold(file: Node, header: Header) -> None:
+    """See to it that the file has room for the longest of our entries, while the log is empty: a
+    flush shall not be the first to see that there is none."""
+    length = min((1 + _MOST_SECTORS) * SECTOR, header.log_length)
+    if any(extent.kind is Kind.ZERO for extent in file.extents(header.log_offset, length)):
+        file.write_zeroes(header.log_offset, length)
 
 
 class Log:

@@ -274,10 +274,11 @@ class VhdxMapping(Mapping):
 
         ``data``: what the guest sees will change, and children of this image are told.
         """
-        from lamina.formats.vhdx.log import Log
+        from lamina.formats.vhdx.log import Log, hold
 
         changes = {}
         if self.metadata.log is None:
+            hold(self.file, self.headers.current)
             changes["file_write_guid"] = new_guid()
             changes["log_guid"] = new_guid()
         if data and not self._told_of_data:

@@ -13,7 +13,8 @@ METADATA_BYTES = MIB
 METADATA_TABLE_BYTES = 64 * KIB
 MAX_ITEM_BYTES = MIB
 _METADATA = struct.Struct("<8sHH20x")
-_ITEM = struct.Struct("<16sIII4x")
+_ITEM = struct.Struct("<16sIII")
+ITEM_BYTES = 32
 IS_USER, IS_VIRTUAL_DISK, IS_REQUIRED = 1, 2, 4
 
 MIN_BLOCK, MAX_BLOCK = MIB, 256 * MIB
@@ -47,12 +48,20 @@ class Item:
     length: int
     flags: int
 
+    def pack(self) -> bytes:
+        """The entry but for its last four bytes, which mean nothing."""
+        return _ITEM.pack(self.guid, self.offset, self.length, self.flags)
+
 
 def pack_items(items: list[Item]) -> bytes:
-    packed = _METADATA.pack(b"metadata", 0, len(items))
-    for item in items:
-        packed += _ITEM.pack(item.guid, item.offset, item.length, item.flags)
-    return packed
+    return _METADATA.pack(b"metadata", 0, len(items)) + b"".join(
+        item.pack().ljust(ITEM_BYTES, b"\0") for item in items
+    )
+
+
+def items_end(table: bytes | bytearray) -> int:
+    """Where the entries of a metadata table end, which is sound."""
+    return _METADATA.size + ITEM_BYTES * int(_METADATA.unpack_from(table)[2])
 
 
 def parse_items(table: bytes, region_length: int) -> dict[bytes, Item]:
@@ -72,7 +81,7 @@ def parse_items(table: bytes, region_length: int) -> dict[bytes, Item]:
     items: dict[bytes, Item] = {}
     seen: set[tuple[bytes, int]] = set()
     for number in range(count):
-        name, offset, length, flags = _ITEM.unpack_from(table, 32 + 32 * number)
+        name, offset, length, flags = _ITEM.unpack_from(table, _METADATA.size + ITEM_BYTES * number)
         item = Item(name, offset, length, flags)
         where = f"entry {number}"
         # A user item may have the GUID of a system item.

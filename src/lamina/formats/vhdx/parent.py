@@ -14,7 +14,7 @@ from lamina.formats.vhdx import locator
 from lamina.formats.vhdx.clearing import clear
 from lamina.formats.vhdx.headers import Headers
 from lamina.formats.vhdx.layout import FILE_SIGNATURE, NOT_PRESENT, guid_text
-from lamina.formats.vhdx.metadata import METADATA_TABLE_BYTES, PARENT_LOCATOR
+from lamina.formats.vhdx.metadata import METADATA_TABLE_BYTES, PARENT_LOCATOR, Item, items_end
 from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import round_up
@@ -76,15 +76,25 @@ def check_linkage(image: Image, parent: Node) -> None:
 # -- another parent --------------------------------------------------------------------------------
 
 
-def change_parent(mapping: VhdxMapping, filename: str | None, format: str | None) -> None:
-    """Name another parent, known by what it holds now. Durable on return.
-
-    Raises ImageUnsupported for images and parents of other kinds, and what opening raises.
-    """
-    if not mapping.differencing or not filename:
-        raise ImageUnsupported("A vhdx image cannot gain or lose its parent")
+def check_change(mapping: VhdxMapping, format: str | None) -> None:
+    """Raises ImageUnsupported for images and parents of other kinds."""
+    if not mapping.differencing:
+        raise ImageUnsupported("A vhdx image without a parent cannot gain one")
     if format not in (None, "vhdx"):
         raise ImageUnsupported("The backing file of a vhdx image must be one as well")
+
+
+def change_parent(mapping: VhdxMapping, filename: str | None, format: str | None) -> None:
+    """Name another parent, known by what it holds now, or none. Durable on return.
+
+    Raises what ``check_change`` raises, and what opening the parent raises.
+    """
+    check_change(mapping, format)
+    if not filename:
+        from lamina.formats.vhdx.detaching import lose_parent
+
+        lose_parent(mapping)
+        return
     full = full_backing_filename(mapping.disk, filename)
     file = mapping.disk.context.open_child(
         "parent", node_options=NodeOptions(read_only=True, force_share=True), filename=full
@@ -111,14 +121,19 @@ def write_locator(mapping: VhdxMapping, entries: dict[str, str]) -> None:
     mapping.begin(data=False)
     # So that what follows is one entry of the log.
     mapping.metadata.commit()
-    table = image.file.read(image.metadata.offset, METADATA_TABLE_BYTES)
-    count = int.from_bytes(table[10:12], "little")
-    place = next(at for at in range(32, 32 + 32 * count, 32) if table[at : at + 16] == item.guid)
-    mapping.patch(image.metadata.offset + place + 16, struct.pack("<II", item.offset, item.length))
+    _, at = read_item_table(image, image.items[PARENT_LOCATOR])
+    mapping.patch(image.metadata.offset + at + 16, struct.pack("<II", item.offset, item.length))
     mapping.patch(image.metadata.offset + item.offset, data)
     image.items[PARENT_LOCATOR], image.parent = item, entries
     mapping.metadata.commit()
     mapping.metadata.barrier()
+
+
+def read_item_table(image: Image, item: Item) -> tuple[bytearray, int]:
+    """The used part of the metadata table as it is in the file, and where in it an item is."""
+    table = bytearray(image.file.read(image.metadata.offset, METADATA_TABLE_BYTES))
+    del table[items_end(table) :]
+    return table, table.index(item.pack())
 
 
 def make_empty(mapping: VhdxMapping) -> None:

@@ -64,6 +64,7 @@ class VhdxReservation(Reservation):
         """All of it will be here; what the write leaves out read as zeroes before."""
         mapping = self._mapping
         base = block * mapping.unit
+        mapping.bat.hold(block)
         host = mapping.space.allocate(mapping.unit)
         self._blocks.append((block, host | FULLY_PRESENT))
         self.pieces.append(
@@ -84,6 +85,7 @@ class VhdxReservation(Reservation):
         mapping = self._mapping
         base = block * mapping.unit
         last = min(base + mapping.unit, round_up(mapping.size, mapping.bitmaps.sector))
+        mapping.bat.hold(block)
         host = mapping.space.allocate(mapping.unit)
         whole = start == base and stop >= last
         self._blocks.append((block, host | (FULLY_PRESENT if whole else PARTIALLY_PRESENT)))
@@ -91,17 +93,24 @@ class VhdxReservation(Reservation):
         if whole:
             self._sectors.pop()
             return
-        self._need_bitmap(block // mapping.bat.ratio)
+        self._need_bitmap(block)
 
-    def _need_bitmap(self, chunk: int) -> None:
+    def _need_bitmap(self, block: int) -> None:
         """A bitmap block is named before any entry makes it count, even where a commit that takes
         several entries of the log is cut off in between."""
         mapping = self._mapping
+        chunk = block // mapping.bat.ratio
         if not mapping.bitmaps.host_offset(chunk):
             place = mapping.space.allocate(MIB)
             mapping.bitmaps.forget(place)
             mapping.bat.set_bitmap(chunk, place | BITMAP_PRESENT)
             mapping.metadata.commit()
+        self._hold(block, 0, mapping.bitmaps.bits)
+
+    def _hold(self, block: int, first: int, count: int) -> None:
+        """Have room for bits of a partially present block."""
+        mapping = self._mapping
+        mapping.bitmaps.hold(*self._bits(block, first), count)
 
     def _complete(self, block: int, entry: int, start: int, stop: int) -> None:
         """More sectors of a block, or others once more."""
@@ -114,6 +123,7 @@ class VhdxReservation(Reservation):
                 self.pieces.append(Piece(begin, end - begin, mapping.file, place))
             else:
                 self._add_sectors(block, host, begin, end)
+                self._hold(*self._sectors[-1])
 
     def _add_sectors(
         self, block: int, host: int, start: int, stop: int, *, zero: bool = False
@@ -157,11 +167,13 @@ class VhdxReservation(Reservation):
             del self._blocks[-1]
 
     def _fill(self, block: int, first: int, count: int, present: bool) -> None:
+        self._mapping.bitmaps.fill(*self._bits(block, first), count, present)
+
+    def _bits(self, block: int, first: int) -> tuple[int, int]:
+        """Host offset of the bitmap block of a block, and which of its bits is ``first``."""
         mapping = self._mapping
         chunk, number = divmod(block, mapping.bat.ratio)
-        first += number * mapping.bitmaps.bits
-        place = mapping.bitmap_place(chunk, block)
-        mapping.bitmaps.fill(place, first, count, present)
+        return mapping.bitmap_place(chunk, block), number * mapping.bitmaps.bits + first
 
     def abort(self) -> None:
         space = self._mapping.space

@@ -5,6 +5,7 @@ Tables are looked at as arrays. What is found is reported in QEMU's words where 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ from lamina.block.extents import Kind
 from lamina.errors import ImageCorrupt
 from lamina.formats.vmdk.extents import GrainExtent
 from lamina.formats.vmdk.layout import ENTRY_SIZE, GRAIN_MARKER_SIZE, UNCLEAN_FIELD, parse_marker
-from lamina.formats.vmdk.repair import renew_copy, replace_table
+from lamina.formats.vmdk.repair import copy_grain, renew_copy, replace_table
 from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
@@ -276,7 +277,11 @@ class SparseCheck(GrainCheck):
         shared = int(np.count_nonzero(np.diff(taken.astype(np.int64)) < grain))
         if shared:
             self.report(f"ERROR: {shared} grains lie where others do")
-            self.result.corruptions += shared
+            if self.fix.errors:
+                taken = np.append(taken, self._part(taken))
+                taken.sort()
+            else:
+                self.result.corruptions += shared
         leaked = 0
         end = extent.header.overhead
         starts = np.sort(np.concatenate((taken.astype(np.int64) * SECTOR, self._other_places())))
@@ -286,6 +291,31 @@ class SparseCheck(GrainCheck):
         for index in np.flatnonzero(starts - reached >= extent.grain).tolist():
             leaked += self._give_back(round_up(int(reached[index]), SECTOR), int(starts[index]))
         self._count_leaks(leaked)
+
+    def _part(self, taken: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """Grains that share a place get, but for the first one, places of their own: sectors.
+
+        Nobody knows whose the shared bytes are: each gets what is there.
+        """
+        extent, grain = self.extent, self.extent.grain // SECTOR
+        close = np.flatnonzero(np.diff(taken.astype(np.int64)) < grain)
+        crowded = np.unique(np.concatenate((taken[close], taken[close + 1])))
+        kept: list[int] = []
+        """Places that their first grain keeps, in order."""
+        new: list[int] = []
+        for first, sectors in self.pieces():
+            for index in np.flatnonzero(np.isin(sectors, crowded)).tolist():
+                sector = int(sectors[index])
+                after = bisect_left(kept, sector)
+                near = kept[max(after - 1, 0) : after + 1]
+                if all(abs(sector - other) >= grain for other in near):
+                    kept.insert(after, sector)
+                    continue
+                new.append(copy_grain(extent, first + index, sector * SECTOR) // SECTOR)
+                self.result.corruptions_fixed += 1
+                self.mapping.metadata.relieve()
+        self.mapping.metadata.commit()
+        return np.array(new, np.uint32)
 
     def _other_places(self) -> Sectors:
         """Places behind that of the first grain which hold no grains, in steps of one."""

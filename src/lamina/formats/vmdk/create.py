@@ -46,6 +46,9 @@ def create(options: VmdkCreateOptions, file: Node, context: CreateContext) -> No
     """Raises UsageError, StorageError."""
     subformat = check_options(options)
     size = round_up(options.size, SECTOR)
+    if not size:
+        # QEMU makes some, and opens none of them.
+        raise UsageError("A VMDK image must have a size", field="size")
     parent = _parent(options, context)
     name = base_name(context.filename)
     split = subformat.startswith("twoGb")
@@ -78,6 +81,8 @@ def check_options(options: VmdkCreateOptions) -> str:
         raise UsageError("compat6 cannot be enabled with hwversion set", field="compat6")
     if subformat not in SUBFORMATS:
         raise _invalid("subformat", subformat)
+    if options.backing_file and options.backing_fmt not in (None, "vmdk"):
+        raise UsageError("backing_file must be a vmdk image", field="backing_fmt")
     if subformat.endswith("Flat"):
         if options.backing_file:
             raise UsageError("Flat image can't have backing file", field="backing_file")
@@ -99,8 +104,6 @@ def _parent(options: VmdkCreateOptions, context: CreateContext) -> tuple[str, in
     name = options.backing_file
     if not name:
         return None
-    if options.backing_fmt not in (None, "vmdk"):
-        raise UsageError("backing_file must be a vmdk image", field="backing_fmt")
     if any(character in name for character in '"\r\n\0'):
         raise _invalid("backing_file", name)
     node = context.backing_node(needed=True)
@@ -124,7 +127,7 @@ def _descriptor(
         parent=parent,
         adapter=options.adapter_type or ADAPTERS[0],
         hardware_version="4" if version in (None, "undefined") else version,
-        tools_version=options.toolsversion or "2147483647",
+        tools_version="2147483647" if options.toolsversion is None else options.toolsversion,
     )
 
 

@@ -1,4 +1,4 @@
-"""Tables made good again out of their copies, and copies out of their tables."""
+"""Tables made good again out of their copies, copies out of their tables; grains parted."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def renew_copy(extent: SparseExtent, number: int) -> None:
         place = extent.space.append(extent.header.table_bytes, extent.grain)
         extent.copies.new(place, bytearray(table))
         extent.name_table(extent.header.redundant_offset, number, place)
+
+
+def copy_grain(extent: SparseExtent, number: int, source: int) -> int:
+    """A new place for a grain, with what is at ``source``: its host offset."""
+    node, grain = extent.node, extent.grain
+    place = extent.space.append(grain, grain)
+    content = node.read(source, min(grain, node.size - source))
+    node.write(place, content.ljust(grain, b"\0"))
+    extent.metadata.data_written(node)
+    extent.publish([(number, place)])
+    return place

@@ -227,6 +227,7 @@ class SparseExtent(GrainExtent):
         last = -(-(end - self.start) // grain)
         for number, count, sectors in self.entries(first, last - first):
             self.need_table(number // self.header.table_entries)
+            self._hold(number, count)
             for index in range(count):
                 start = self.start + (number + index) * grain
                 low, high = max(start, offset), min(start + grain, end)
@@ -274,11 +275,22 @@ class SparseExtent(GrainExtent):
         header = self.header
         size = round_up(header.table_bytes, SECTOR)
         place = self.space.append(2 * size, SECTOR if self.compressed else self.grain)
+        self.node.write(place, bytes(2 * size))
         self.tables.new(place)
         self.name_table(header.directory_offset, number, place)
         if self.has_redundant_directory:
             self.copies.new(place + size)
             self.name_table(header.redundant_offset, number, place + size)
+
+    def _hold(self, first: int, count: int) -> None:
+        """Have room for the entries of these grains of one table that there is."""
+        number, index = divmod(first, self.header.table_entries)
+        self.table(number)
+        where = ENTRY_SIZE * index, ENTRY_SIZE * count
+        self.tables.hold(self.table_offset(number), *where)
+        if copy := self.copy_offset(number):
+            self.copies.get(copy)
+            self.copies.hold(copy, *where)
 
     def name_table(self, base: int, number: int, place: int) -> None:
         """In the directory at ``base``."""
@@ -365,6 +377,8 @@ class SparseExtent(GrainExtent):
                 self.need_table(number // self.header.table_entries)
             elif all(sector == entry for sector in sectors):
                 continue
+            if entry:
+                self._hold(number, count)
             self.set_entries(number, [entry] * count)
             self._free(
                 self.place(self.start + (number + index) * self.grain, sector)

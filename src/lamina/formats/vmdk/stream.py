@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from lamina.engine.metadata import Stage
+from lamina.errors import StorageError
 from lamina.formats.vmdk.layout import (
     AT_END,
     DIRECTORY_FIELD,
@@ -31,15 +32,23 @@ from lamina.formats.vmdk.layout import (
     parse_marker,
 )
 from lamina.formats.vmdk.sparse import DIRECTORY_CHUNK, SparseExtent
+from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
 from lamina.units import SECTOR, round_up
 
+if TYPE_CHECKING:
+    from lamina.formats.vmdk.allocation import VmdkReservation
+
 _PLACE = struct.Struct("<Q")
+HELD_AHEAD = 1 << 20
+"""Bytes of room that are taken at once."""
 
 
 class StreamExtent(SparseExtent):
     footer = False
     """The header leaves it to the footer to name the directory."""
+    _held = 0
+    """Host offset of the end of what the file has room for."""
 
     @cached_property
     def _open(self) -> dict[int, bytearray]:
@@ -78,6 +87,28 @@ class StreamExtent(SparseExtent):
             place += SECTOR
             self.name_table(header.directory_offset, number, place)
             self.tables.new(place, self._open.pop(number))
+
+    def reserve_encoded(self, offset: int, length: int, reservation: VmdkReservation) -> None:
+        before = self.space.end
+        super().reserve_encoded(offset, length, reservation)
+        self._hold_end(before)
+
+    def _hold_end(self, before: int) -> None:
+        """Have room for the tables that have no place yet and for the end of the stream: it shall
+        not be too late to say that there is none. Nothing is written behind ``before`` yet."""
+        table = SECTOR + round_up(self.header.table_bytes, SECTOR)
+        end = self.space.end + len(self._open) * table + SECTOR + self._directory_bytes
+        end += TRAILER_SIZE
+        start = max(self._held, before)
+        if end <= start:
+            return
+        try:
+            self.node.write_zeroes(start, end + HELD_AHEAD - start)
+            self._held = end + HELD_AHEAD
+        except StorageError:
+            # There is no room for more than what is needed.
+            self.node.write_zeroes(start, end - start)
+            self._held = end
 
     # -- the end of the stream -------------------------------------------------------------------
 
@@ -120,14 +151,15 @@ class StreamExtent(SparseExtent):
             return
         self.place_tables()
         end = self.space.end
-        if self.node.size > end:
-            self.metadata.commit()
-            self.metadata.barrier()
-            self.node.truncate(end)
         place = end + SECTOR
         directory = self._whole_directory()
-        header = replace(self.header, directory_offset=place)
-        self.metadata.put(Stage.TABLES, end, trailer(header, directory), node=self.node)
+        last = trailer(replace(self.header, directory_offset=place), directory)
+        self.metadata.put(Stage.TABLES, end, last, node=self.node)
+        self.metadata.commit()
+        self.metadata.barrier()
+        # Footers are looked for at the end of the file.
+        self.node.truncate(end + len(last))
+        self._held = 0
         self.metadata.put(Stage.ROOTS, DIRECTORY_FIELD, _PLACE.pack(AT_END), node=self.node)
         self.metadata.commit()
         self.metadata.barrier()

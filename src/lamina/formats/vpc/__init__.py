@@ -58,6 +58,12 @@ class VpcDriver(Driver):
         with _exclusive(node) as mapping:
             change_parent(mapping, filename, format)
 
+    def check_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        from lamina.formats.vpc.rebase import check_change
+
+        with _exclusive(node) as mapping:
+            check_change(mapping, filename, format)
+
     def make_empty(self, node: Node) -> None:
         from lamina.formats.vpc.empty import make_empty
 

@@ -57,6 +57,10 @@ class Bitmaps:
             content[:] = b"\xff" * self._length
         self._cache.new(block, content)
 
+    def content(self, block: int) -> bytearray:
+        """As it is by now."""
+        return self._cache.get(block)
+
     def drop(self, block: int) -> None:
         """The block is not one after all."""
         self._cache.drop(block)

@@ -103,13 +103,11 @@ class DynamicMapping(VpcMapping, BlockMapping):
         """Of structures that are sound. Raises ImageCorrupt if the file is too short for them."""
         super().__init__(disk, footer, size)
         self.backing_name = backing_name
-        self.has_backing = footer.disk_type == DIFFERENCING
         self.group = min(PAGE, header.block_size)
         """Bytes of sectors that become ours together: those of a byte of the bitmap, for there are
         readers that get parts of one wrong."""
         self.write_unit = self.discard_unit = self.group
-        # Without a parent, what is not there is zero for certain: there is nothing below.
-        self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO}
+        self.use_kind()
         self.unit = header.block_size
         self.base = self.prefix = header.bitmap_bytes
         self.block_bytes = header.bitmap_bytes + header.block_size
@@ -121,6 +119,12 @@ class DynamicMapping(VpcMapping, BlockMapping):
         self.metadata.register(self.trailer)
         self.gate: Callable[[], None] = lambda: None
         """What is to be repaired before the first change."""
+
+    def use_kind(self) -> None:
+        """The footer says whether there is a parent."""
+        self.has_backing = self.footer.disk_type == DIFFERENCING
+        # Without one, what is not there is zero for certain: there is nothing below.
+        self.special = {FREE: Kind.BELOW if self.has_backing else Kind.ZERO}
 
     def use_header(self, header: Header) -> None:
         """Another table takes effect; nothing is dirty."""
@@ -222,6 +226,16 @@ class DynamicMapping(VpcMapping, BlockMapping):
         self.gate()
         self.gate = lambda: None
 
+    def reserve(self, ranges: Sequence[tuple[int, int]]) -> Reservation:
+        reservation = super().reserve(ranges)
+        assert isinstance(reservation, VpcReservation)
+        try:
+            reservation.hold()
+        except BaseException:
+            reservation.abort()
+            raise
+        return reservation
+
     def reservation(self) -> BlockReservation:
         return VpcReservation(self)
 
@@ -319,6 +333,19 @@ class VpcReservation(BlockReservation):
                 reads_zero=untouched,
             )
         )
+
+    def hold(self) -> None:
+        """Have room for the bitmaps of new blocks and for the footer behind them: a flush shall not
+        be the first to see that there is none."""
+        if self._new:
+            mapping = self._mapping
+            blocks = [place - mapping.prefix for _, place in self._new]
+            mapping.file.writev(
+                [
+                    *((block, mapping.bitmaps.content(block)) for block in blocks),
+                    (mapping.appender.end, mapping.footer.pack()),
+                ]
+            )
 
     def commit(self) -> None:
         super().commit()

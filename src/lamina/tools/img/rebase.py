@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING
@@ -95,6 +96,7 @@ def _check_backing_format(name: str | None) -> None:
 def _copy_difference(
     tool: Tool, given: Parsed, disk: Backend, cache: str, progress: Progress
 ) -> None:
+    from lamina.block import registry
     from lamina.block.filenames import combine, is_absolute, is_json
     from lamina.jobs.rebase import rebase
 
@@ -118,6 +120,9 @@ def _copy_difference(
                     prefix=f"Could not open new backing file '{name}': ",
                 )
             )
+        with _changing(name):
+            driver = registry.driver(disk.node.driver)
+            driver.check_backing_file(disk.node, name or None, _name_format(given))
         rebase(disk, new, compressed=given.flag("compress"), progress=progress)
         disk.flush()
 
@@ -127,10 +132,25 @@ def _change_name(given: Parsed, disk: Backend) -> None:
 
     name = given.value("backing") or None
     node = disk.node
-    try:
-        if name is not None and given.value("backing-format") is None:
-            raise UsageError("backing format must be specified")
-        format = given.value("backing-format") if name is not None else None
+    with _changing(name):
+        format = _name_format(given)
         registry.driver(node.driver).change_backing_file(node, name, format)
+
+
+def _name_format(given: Parsed) -> str | None:
+    """The format of the new backing file. Raises UsageError if there is a file without one."""
+    if not given.value("backing"):
+        return None
+    format: str | None = given.value("backing-format")
+    if format is None:
+        raise UsageError("backing format must be specified")
+    return format
+
+
+@contextmanager
+def _changing(name: str | None) -> Iterator[None]:
+    """What fails in here does so because of the new backing file."""
+    try:
+        yield
     except LaminaError as error:
         raise error.in_context(f"Could not change the backing file to '{name or ''}': ") from None
