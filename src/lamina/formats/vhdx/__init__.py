@@ -50,9 +50,11 @@ class VhdxDriver(Driver):
             change_parent(mapping, filename, format)
 
     def check_backing_file(self, node: Node, filename: str | None, format: str | None) -> None:
+        from lamina.engine.disk import mapping_of
+        from lamina.formats.vhdx.mapping import VhdxMapping
         from lamina.formats.vhdx.parent import check_change
 
-        check_change(_mapping(node), format)
+        check_change(mapping_of(node, VhdxMapping), format)
 
     def make_empty(self, node: Node) -> None:
         from lamina.formats.vhdx.parent import make_empty
