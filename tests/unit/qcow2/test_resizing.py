@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "cluster_size": (512, 512, KIB, KIB, 4 * KIB, 16 * KIB),
     "encrypt_format": (None,),
     "snapshots": (0,),
+    "bitmaps": (False,),
     "data_file": (None, None, None, "data", "raw"),
     "preallocation": ("metadata", "metadata", "falloc", "full", "off"),
 }
@@ -51,8 +52,6 @@ LATER = ("off", "off", "metadata", "metadata", "falloc", "full")
 def choose(rng: random.Random) -> Choice:
     while True:
         choice = {name: rng.choice(values) for name, values in CHOICES.items()}
-        if choice["backing"] and not choice["extended_l2"] and choice["preallocation"] != "off":
-            continue
         if accepted(choice):
             return choice
 
