@@ -398,8 +398,9 @@ class Image:
         if self.by_us and self.unit <= 16 * KIB and self.number % 8 == 0:
             for changes in self._amendments():
                 words = ",".join(f"{name}={value}" for name, value in changes.items())
-                # The zeroes that it writes for the older version are not encrypted.
-                if words != "compat=0.10" or not self.key:
+                # The zeroes that it writes for the older version are not encrypted, and those that
+                # snapshots share get entries that claim them for the disk alone.
+                if words != "compat=0.10" or not (self.key or self.snapshots):
                     self.qemu_image("amend", "-o", words)
 
     def qemu_checks(self) -> None:

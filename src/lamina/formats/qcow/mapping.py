@@ -300,7 +300,7 @@ class QcowMapping(Mapping):
         table = self._l2_offset(l1_index)
         if not table:
             table = self._append(8 * self.header.l2_entries, self.unit)
-            self.l2_tables.new(table)
+            self.l2_tables.new(table, at_once=True)
             chunk, length, at = self._l1_place(l1_index)
             self.l1_chunks.get(chunk, length)
             self.l1_chunks.update(chunk, at, _ENTRY.pack(table))
