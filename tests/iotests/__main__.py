@@ -56,6 +56,14 @@ def tools(directory: Path) -> Path:
     return directory
 
 
+def environment() -> dict[str, str]:
+    """Without this environment's programs: QEMU's lint would try those that it finds there."""
+    own = Path(sys.executable).parent
+    words = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(word for word in words if Path(word) != own)
+    return {**os.environ, "PATH": path}
+
+
 def main(arguments: list[str]) -> int:
     if not RUNNER.exists() or os.geteuid() != 0:
         print("QEMU's own tests: not run (they need root and ../shared/iotests)")
@@ -73,7 +81,7 @@ def main(arguments: list[str]) -> int:
             name, _, protocol = format.partition("/")
             command += ["--format", name, "--proto", protocol or "file"]
             command += ["--target", "--diff", "-j2", "--json", result, *tests]
-            subprocess.run(command, check=False)
+            subprocess.run(command, env=environment(), check=False)
             counts = json.loads(result.read_text())
             passed += counts["passed"]
             failed += len(tests) - counts["passed"]

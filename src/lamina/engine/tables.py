@@ -89,12 +89,20 @@ class TableCache:
         if missing:
             self._load(missing[:room])
 
-    def new(self, host_offset: int, content: bytearray | None = None) -> bytearray:
+    def new(
+        self, host_offset: int, content: bytearray | None = None, *, at_once: bool = False
+    ) -> bytearray:
         """A table at a place that was just allocated: zeroes, or ``content`` (taken over).
 
         It is dirty as a whole; whatever was cached for this place before is dropped.
+
+        ``at_once``: it is written as well, so that the storage has room for it: a flush shall not
+        be the first to see that it has not, when all that the table will carry is acknowledged.
+        Raises StorageError with nothing changed.
         """
         table = bytearray(self.table_bytes) if content is None else content
+        if at_once:
+            self.node.write(host_offset, table)
         self.drop(host_offset)
         self._insert(host_offset, table)
         self.dirty(host_offset, 0, len(table))

@@ -25,11 +25,13 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "lazy_refcounts": (False, True),
     "extended_l2": (False, True),
     "data_file": (None, "data", "raw"),
+    "preallocation": ("off", "metadata", "falloc", "full"),
     # What else an image has.
     "backing": (None, "raw", "qcow2"),
     "snapshots": (0, 2),
+    "bitmaps": (False, True),
 }
-OPTIONS = tuple(name for name in FEATURES if name not in ("backing", "snapshots"))
+OPTIONS = tuple(name for name in FEATURES if name not in ("backing", "snapshots", "bitmaps"))
 DEFAULTS: Choice = {name: values[0] for name, values in FEATURES.items()}
 
 
@@ -48,6 +50,10 @@ def accepted(choice: Choice) -> bool:
         return False
     if choice["data_file"] == "raw" and choice["backing"]:
         return False
+    if choice["preallocation"] != "off" and choice["backing"] and not choice["extended_l2"]:
+        return False
+    if old and choice["bitmaps"]:
+        return False
     # One snapshot makes it two references, two make it three.
     return bool(choice["snapshots"] < (1 << choice["refcount_bits"]))
 
@@ -60,24 +66,24 @@ def compresses(choice: Choice) -> bool:
     return bool(choice["refcount_bits"] >= 8)
 
 
-def options_of(choice: Choice) -> dict[str, Any]:
-    """As fields of ``CreateOptions``."""
+def options_of(choice: Choice, data_file: str = "data") -> dict[str, Any]:
+    """As fields of ``CreateOptions``; ``data_file`` is the name of one, if there is one."""
     options = {name: choice[name] for name in OPTIONS if choice[name] is not None}
     if choice["data_file"]:
-        options |= {"data_file": "data", "data_file_raw": choice["data_file"] == "raw"}
+        options |= {"data_file": data_file, "data_file_raw": choice["data_file"] == "raw"}
     return options
 
 
-def words_of(choice: Choice) -> str:
+def words_of(choice: Choice, data_file: str = "data") -> str:
     """As users write them behind ``-o``."""
     words = []
-    for name, value in options_of(choice).items():
+    for name, value in options_of(choice, data_file).items():
         text = ("off", "on")[value] if isinstance(value, bool) else value
         words.append(f"{name.replace('encrypt_', 'encrypt.')}={text}")
     if choice["encrypt_format"]:
         words.append("encrypt.key-secret=key")
     if choice["encrypt_format"] == "luks":
-        words.append("encrypt.iter-time=10")
+        words.append("encrypt.iter-time=1")
     return ",".join(words)
 
 
@@ -87,61 +93,88 @@ def name_of(choice: Choice) -> str:
     return " ".join(different) or "defaults"
 
 
-def pairs(*, acceptable: bool = True) -> list[Choice]:
-    """Choices in which any two values of two features meet at least once.
+def product() -> Iterator[Choice]:
+    """Every choice that QEMU makes: some ten thousands."""
+    for values in itertools.product(*FEATURES.values()):
+        choice = dict(zip(FEATURES, values, strict=True))
+        if accepted(choice):
+            yield choice
 
-    ``acceptable``: those that QEMU makes, with each two values that it makes together. Otherwise
-    all, whether it makes them or not.
+
+def as_new(choice: Choice) -> Choice:
+    """The same without what comes after its creation, and without LUKS, which is random."""
+    kind = choice["encrypt_format"]
+    return {
+        **choice,
+        "snapshots": 0,
+        "bitmaps": False,
+        "encrypt_format": "aes" if kind == "luks" else kind,
+    }
+
+
+def combinations_of_new() -> Iterator[Choice]:
+    """Every choice that ``create`` can be asked for, whether QEMU makes it or not."""
+    for values in itertools.product(*FEATURES.values()):
+        choice = dict(zip(FEATURES, values, strict=True))
+        if choice == as_new(choice):
+            yield choice
+
+
+def covering(strength: int, *, acceptable: bool = True) -> list[Choice]:
+    """Choices in which any so many values of as many features meet at least once.
+
+    ``acceptable``: those that QEMU makes, with each values that it makes together. Otherwise all,
+    whether it makes them or not.
     """
-    missing = dict.fromkeys(pair for pair in _all_pairs() if not acceptable or _possible(pair))
+    missing = {
+        group for group in _groups(strength) if not acceptable or _completions(group)
+    }
     rng = random.Random(1)
     found = []
-    while missing:
-        choice = _complete(dict(next(iter(missing))), missing, acceptable, rng)
-        covered = [pair for pair in missing if _covers(choice, pair)]
-        assert covered, "a pair that nothing can cover"
-        for pair in covered:
-            del missing[pair]
-        found.append(choice)
+    for group in _groups(strength):
+        if group not in missing:
+            continue
+        tried = [_complete(dict(group), acceptable, rng) for _ in range(_TRIES)]
+        best = max(tried, key=lambda choice: len(missing & _covered(choice, strength)))
+        missing -= _covered(best, strength)
+        found.append(best)
     return found
 
 
-_Pair = tuple[tuple[str, Any], tuple[str, Any]]
+_Group = tuple[tuple[str, Any], ...]
+_TRIES = 12
+"""Completions of what is missing, of which the one that brings most is taken."""
 
 
-def _all_pairs() -> Iterator[_Pair]:
-    for (one, values), (other, others) in itertools.combinations(FEATURES.items(), 2):
-        for value, another in itertools.product(values, others):
-            yield (one, value), (other, another)
+def _groups(strength: int) -> Iterator[_Group]:
+    for names in itertools.combinations(FEATURES, strength):
+        for values in itertools.product(*(FEATURES[name] for name in names)):
+            yield tuple(zip(names, values, strict=True))
 
 
-def _possible(pair: _Pair) -> bool:
-    return accepted({**DEFAULTS, **dict(pair)})
+def _covered(choice: Choice, strength: int) -> set[_Group]:
+    return set(itertools.combinations(choice.items(), strength))
 
 
-def _covers(choice: Choice, pair: _Pair) -> bool:
-    return all(choice[name] == value for name, value in pair)
+def _completions(group: _Group) -> list[Choice]:
+    """What makes a choice of these values acceptable: all defaults, or one feature beside them."""
+    chosen = {**DEFAULTS, **dict(group)}
+    rest = [{**chosen, name: value} for name, values in FEATURES.items() for value in values]
+    return [
+        choice
+        for choice in (chosen, *rest)
+        if all(choice[name] == value for name, value in group) and accepted(choice)
+    ]
 
 
-def _complete(
-    choice: Choice, missing: dict[_Pair, None], acceptable: bool, rng: random.Random
-) -> Choice:
-    """Fill in the other features, greedily: the values that cover most of what is missing."""
-    for name, values in FEATURES.items():
-        if name in choice:
-            continue
-
-        def gain(value: Any, name: str = name) -> int:
-            tried = {**choice, name: value}
-            if acceptable and not accepted({**DEFAULTS, **tried}):
-                return -1
-            return sum(
-                all(tried.get(key, _NOTHING) == wanted for key, wanted in pair)
-                for pair in missing
-            )
-
-        choice[name] = max(rng.sample(values, len(values)), key=gain)
-    return {name: choice[name] for name in FEATURES}
-
-
-_NOTHING = object()
+def _complete(chosen: Choice, acceptable: bool, rng: random.Random) -> Choice:
+    """Any values for the other features, as far as they go together."""
+    choice = {**DEFAULTS, **chosen}
+    if acceptable and not accepted(choice):
+        choice = rng.choice(_completions(tuple(chosen.items())))
+    for name in rng.sample(list(FEATURES), len(FEATURES)):
+        if name not in chosen:
+            tried = {**choice, name: rng.choice(FEATURES[name])}
+            if not acceptable or accepted(tried):
+                choice = tried
+    return choice

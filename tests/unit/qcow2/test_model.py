@@ -52,6 +52,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "cluster_size": (512, 1 * KIB, 4 * KIB, 16 * KIB, 32 * KIB),
     "preallocation": ("off", "off", "metadata"),
     "snapshots": (0,),
+    "bitmaps": (False,),
     # LUKS costs a tenth of a second per image, so most have none.
     "encrypt_format": (None, None, None, None, None, None, "aes", "aes", "luks"),
 }
@@ -89,7 +90,7 @@ class Images(ImageMaker):
             self.runtime["encrypt.key-secret"] = "key"
 
     def make(self, size: int, backing: bytes | None) -> Node:
-        options = options_of(self.choice) | {"preallocation": self.choice["preallocation"]}
+        options = options_of(self.choice)
         if self.choice["encrypt_format"]:
             options |= {"encrypt_key_secret": "key", "encrypt_iter_time": 0}
         if backing is not None:

@@ -105,6 +105,9 @@ def _leak(image: Image) -> None:
     image.set_count(image.grow(3) + UNIT, 1)
 
 
+def _l2_is_block(image: Image) -> None:
+    image.put(image.l1, image.block | COPIED)
+
 def _twice(image: Image) -> None:
     image.put(image.entry(1), image.get(image.entry(0)))
 
@@ -180,6 +183,7 @@ DAMAGES = [
     Damage("refcount block behind the end", _block_beyond),
     Damage("refcount block twice", lambda i: i.put(i.table + 8, i.get(i.table))),
     Damage("refcount block on the L2 table", _block_shared),
+    Damage("L2 table is the refcount block", _l2_is_block, EVERYTHING),
     Damage("data lies on the refcount table", _on_refcount_table, frozenset({0})),
     Damage("data lies on the L1 table", _data_on("l1"), frozenset({0})),
     Damage("data lies on the refcount block", _data_on("block"), frozenset({0})),

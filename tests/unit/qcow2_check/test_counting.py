@@ -109,6 +109,7 @@ DIFFERENT_WHEN_LONGER = (
     "refcount block on the L2 table",
     "refcount block on the L1 table",
     "data lies on the refcount block",
+    "L2 table is the refcount block",
 )
 """What is wrong with these depends on how long the file is: more or fewer of the counts in a block
 that holds something else are looked at."""

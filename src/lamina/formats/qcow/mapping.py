@@ -304,11 +304,8 @@ class QcowMapping(Mapping):
             chunk, length, at = self._l1_place(l1_index)
             self.l1_chunks.get(chunk, length)
             self.l1_chunks.hold(chunk, at, _ENTRY.size)
-            length = 8 * self.header.l2_entries
-            table = self._append(length, self.unit)
-            # At once: a flush shall not be the first to see that there is no room for it.
-            self.file.write(table, bytes(length))
-            self.l2_tables.new(table)
+            table = self._append(8 * self.header.l2_entries, self.unit)
+            self.l2_tables.new(table, at_once=True)
             self.l1_chunks.update(chunk, at, _ENTRY.pack(table))
         return table
 

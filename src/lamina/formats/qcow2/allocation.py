@@ -292,7 +292,7 @@ class Allocator:
 
     def _publish_block(self, index: int, offset: int) -> None:
         refcounts = self.refcounts
-        refcounts.cache.new(offset)
+        refcounts.cache.new(offset, at_once=True)
         refcounts.table[index] = offset
         self.overlap.add_refcount_block(offset)
         self.metadata.put(
@@ -324,6 +324,10 @@ class Allocator:
         for place in places:
             self.overlap.check(place << self.cluster_bits, self.cluster_size)
         self.overlap.check(table_offset, table_clusters << self.cluster_bits)
+        # Nothing has changed yet if the storage has no room for all of it.
+        for place in places:
+            self.file.write(place << self.cluster_bits, bytes(self.cluster_size))
+        self.file.write(table_offset, bytes(table_clusters << self.cluster_bits))
         table = array("Q", refcounts.table)
         table.extend([0] * (table_clusters * (self.cluster_size // 8) - len(table)))
         old_offset, old_clusters = header.refcount_table_offset, header.refcount_table_clusters

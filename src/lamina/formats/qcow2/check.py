@@ -62,6 +62,13 @@ def check(mapping: Qcow2Mapping, fix: Fix, report: Callable[[str], None]) -> Che
     image = ImageCheck(mapping.file, mapping.header, fix, report)
     try:
         result = image.run()
+        if image.rebuilt and result.corruptions:
+            # Tables that lay on the old refcount structure were not to be written to.
+            fixed, leaks_fixed = result.corruptions_fixed, result.leaks_fixed
+            image = ImageCheck(mapping.file, mapping.header, fix, report)
+            result = image.run()
+            result.corruptions_fixed += fixed
+            result.leaks_fixed += leaks_fixed
     finally:
         if fix.leaks or fix.errors:
             mapping.reload()
@@ -127,6 +134,8 @@ class ImageCheck:
         self.kept_bitmaps: list[BitmapEntry] = []
         self._width = Width(header.refcount_order)
         self._counter = count_type(header.refcount_order)
+        self.rebuilt = False
+        """There is a new refcount structure."""
         self._rebuilds = False
         self._structure_corruptions = 0
         self._highest = 0
@@ -332,6 +341,7 @@ class ImageCheck:
         end = self._highest + 1
         table, clusters = rebuild(self.file, self.header, end, self._counts_of)
         self._highest += clusters
+        self.rebuilt = True
         leaks = sum(int((one.stored > one.counted).sum()) for one in differences)
         errors = sum(len(one.clusters) for one in differences) - leaks
         errors += self._structure_corruptions

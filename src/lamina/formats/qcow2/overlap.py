@@ -180,8 +180,10 @@ class Overlap:
                     if length:
                         _mark(clusters, structure, offset, length, header.cluster_bits)
 
-        def tables(entries: Iterable[int], mask: int) -> Iterable[tuple[int, int]]:
-            return ((entry & mask, 1) for entry in entries if entry & mask)
+        def tables(entries: array[int], mask: int) -> Iterable[tuple[int, int]]:
+            # Behind its last entry a refcount table has a quarter of a million zeroes.
+            used = -(-len(entries.tobytes().rstrip(b"\0")) // entries.itemsize)
+            return ((entry & mask, 1) for entry in entries[:used] if entry & mask)
 
         mark(Structure.MAIN_HEADER, [(0, 1)])
         mark(Structure.ACTIVE_L1, [(header.l1_table_offset, header.l1_size * 8)])

@@ -275,11 +275,10 @@ class SparseExtent(GrainExtent):
         header = self.header
         size = round_up(header.table_bytes, SECTOR)
         place = self.space.append(2 * size, SECTOR if self.compressed else self.grain)
-        self.node.write(place, bytes(2 * size))
-        self.tables.new(place)
+        self.tables.new(place, at_once=True)
         self.name_table(header.directory_offset, number, place)
         if self.has_redundant_directory:
-            self.copies.new(place + size)
+            self.copies.new(place + size, at_once=True)
             self.name_table(header.redundant_offset, number, place + size)
 
     def _hold(self, first: int, count: int) -> None:
