@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _TRIAL = 0.003
 """Seconds of work before threads are started: less is not worth it."""
+_SAMPLE = 8
+"""Items that tell whether preparing is mostly waiting."""
 
 
 def overlapped(
@@ -59,8 +61,8 @@ class _Overlap:
         """Held until the item that was taken last is finished."""
         self.threads: list[threading.Thread] = []
         self.error: BaseException | None = None
-        self.spent = self.computed = 0.0
-        """Seconds that ``prepare`` took, and those of them that it did not wait."""
+        self.prepared = self.waited = 0
+        """Items; ``waited``: those of them that took more waiting than work."""
 
     def run(self) -> None:
         start = perf_counter()
@@ -75,7 +77,8 @@ class _Overlap:
             raise self.error
 
     def add_threads(self) -> None:
-        waits = self.spent > 2 * self.computed
+        # Nearly all items do: some always wait, for a core or for the interpreter.
+        waits = self.prepared >= _SAMPLE and 10 * self.waited > 9 * self.prepared
         wanted = self.workers if waits else min(self.workers, cores())
         while len(self.threads) < wanted - 1:
             thread = threading.Thread(target=self.work, daemon=True)
@@ -114,11 +117,11 @@ class _Overlap:
                     self.prepare(item)
         except BaseException as failure:
             error = failure
-        spent, computed = perf_counter() - start, thread_time() - start_of_thread
+        waited = perf_counter() - start > 2 * (thread_time() - start_of_thread)
         try:
             with before:
-                self.spent += spent
-                self.computed += computed
+                self.prepared += 1
+                self.waited += waited
                 if self.error is None:
                     if error is not None:
                         raise error
