@@ -167,15 +167,30 @@ class QedMapping(Mapping):
         first = offset // unit
         for start, _, entries in self.tables.runs(first, -(-end // unit) - first):
             assert entries is not None
-            for cluster, entry in enumerate(entries, start):
+            for cluster, count, place in self._places(start, entries):
                 guest = cluster * unit
-                lo, hi = max(guest, offset), min(guest + unit, end)
-                if entry > ZERO_CLUSTER:
-                    self._check_place(cluster, entry)
-                    piece = Piece(lo, hi - lo, self.file, entry + lo - guest)
+                lo, hi = max(guest, offset), min(guest + count * unit, end)
+                if place:
+                    piece = Piece(lo, hi - lo, self.file, place + lo - guest)
                 else:
-                    piece = reservation.append(cluster, lo, hi)
+                    piece = reservation.append(cluster, count, lo, hi)
                 reservation.pieces.append(piece)
+
+    def _places(self, first: int, entries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(cluster, how many, host offset or 0) of clusters that lie one behind the other in the
+        file, or have no place. ``entries``: those of the clusters from ``first`` on."""
+        start = host_offset = goes_on = -1
+        for cluster, entry in enumerate(entries, first):
+            place = 0
+            if entry > ZERO_CLUSTER:
+                self._check_place(cluster, entry)
+                place = entry
+            if place != goes_on:
+                if start >= 0:
+                    yield start, cluster - start, host_offset
+                start, host_offset = cluster, place
+            goes_on = place + self.unit if place else 0
+        yield start, first + len(entries) - start, host_offset
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         """What is not there becomes a zero cluster; what is, the engine zeroes where it is."""
@@ -268,18 +283,19 @@ class QedReservation(Reservation):
 
     def __init__(self, mapping: QedMapping) -> None:
         self.pieces: list[Piece] = []
-        self.new: list[tuple[int, int]] = []
-        """Guest cluster and the host offset of its new place."""
+        self.new: list[tuple[int, int, int]] = []
+        """Guest cluster, how many, and the host offset of their new places."""
         self._mapping = mapping
         self._start = self._end = mapping.appender.end
 
-    def append(self, cluster: int, start: int, end: int) -> Piece:
-        """A new place for a cluster, of which the guest writes from ``start`` to ``end``."""
+    def append(self, cluster: int, count: int, start: int, end: int) -> Piece:
+        """New places for clusters, of which the guest writes from ``start`` to ``end``. Their
+        entries lie in one part of an L2 table."""
         mapping = self._mapping
         unit = mapping.unit
-        place, untouched = mapping.appender.take(unit, unit)
+        place, untouched = mapping.appender.take(count * unit, unit)
         self._end = mapping.appender.end
-        self.new.append((cluster, place))
+        self.new.append((cluster, count, place))
         head = start - cluster * unit
         return Piece(
             start,
@@ -287,7 +303,7 @@ class QedReservation(Reservation):
             mapping.file,
             place + head,
             copy_head=head,
-            copy_tail=(cluster + 1) * unit - end,
+            copy_tail=(cluster + count) * unit - end,
             fresh=True,
             reads_zero=untouched,
         )
@@ -300,8 +316,8 @@ class QedReservation(Reservation):
             except BaseException:
                 self.abort()
                 raise
-        for cluster, place in self.new:
-            mapping.tables.set_entry(cluster, place)
+        for cluster, count, place in self.new:
+            mapping.tables.set_places(cluster, count, place)
 
     def abort(self) -> None:
         self._mapping.appender.give_back(self._start, self._end)
