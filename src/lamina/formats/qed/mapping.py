@@ -84,13 +84,35 @@ class QedMapping(Mapping):
             if entries is None:
                 yield start * unit, Kind.BELOW, -1
                 continue
-            for cluster, entry in enumerate(entries, start):
+            for cluster, _, entry in self._runs(start, entries):
                 kind = _KINDS.get(entry)
                 if kind is not None:
                     yield cluster * unit, kind, -1
                 else:
-                    self._check_place(cluster, entry)
                     yield cluster * unit, Kind.DATA, entry
+
+    def _runs(self, first: int, entries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(cluster, how many, the first one's entry) of clusters that lie one behind the other, or
+        have the same entry. ``entries``: those of the clusters from ``first`` on.
+
+        Raises ImageCorrupt where there can be no data.
+        """
+        unit, end_of_file = self.unit, self.appender.end
+        start, opening = first, 0
+        # The entry that would carry the run on, and what it grows by from cluster to cluster.
+        expected, step = -1, 0
+        for cluster, entry in enumerate(entries, first):
+            if entry == expected and entry < end_of_file:
+                expected += step
+                continue
+            if cluster > first:
+                yield start, cluster - start, opening
+            start, opening, step = cluster, entry, 0
+            if entry > ZERO_CLUSTER:
+                self._check_place(cluster, entry)
+                step = unit
+            expected = entry + step
+        yield start, first + len(entries) - start, opening
 
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         import numpy as np
@@ -167,30 +189,14 @@ class QedMapping(Mapping):
         first = offset // unit
         for start, _, entries in self.tables.runs(first, -(-end // unit) - first):
             assert entries is not None
-            for cluster, count, place in self._places(start, entries):
+            for cluster, count, entry in self._runs(start, entries):
                 guest = cluster * unit
                 lo, hi = max(guest, offset), min(guest + count * unit, end)
-                if place:
-                    piece = Piece(lo, hi - lo, self.file, place + lo - guest)
+                if entry > ZERO_CLUSTER:
+                    piece = Piece(lo, hi - lo, self.file, entry + lo - guest)
                 else:
                     piece = reservation.append(cluster, count, lo, hi)
                 reservation.pieces.append(piece)
-
-    def _places(self, first: int, entries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(cluster, how many, host offset or 0) of clusters that lie one behind the other in the
-        file, or have no place. ``entries``: those of the clusters from ``first`` on."""
-        start = host_offset = goes_on = -1
-        for cluster, entry in enumerate(entries, first):
-            place = 0
-            if entry > ZERO_CLUSTER:
-                self._check_place(cluster, entry)
-                place = entry
-            if place != goes_on:
-                if start >= 0:
-                    yield start, cluster - start, host_offset
-                start, host_offset = cluster, place
-            goes_on = place + self.unit if place else 0
-        yield start, first + len(entries) - start, host_offset
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
         """What is not there becomes a zero cluster; what is, the engine zeroes where it is."""
