@@ -20,7 +20,6 @@ from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.rate import RateLimit
-from lamina.jobs.salvage import SalvagedSources
 from lamina.jobs.sources import Sources
 from lamina.jobs.zeroes import between, is_zero, zero_runs
 from lamina.records import dataclass
@@ -112,7 +111,11 @@ def convert(disks: list[Backend], target: Backend, settings: Settings) -> None:
         raise UsageError("Compression not supported for this file format")
     if settings.compressed and not target.info().cluster_size:
         raise UsageError("invalid cluster size")
-    sources = SalvagedSources(disks, settings.warn) if settings.salvage else Sources(disks)
+    sources = Sources(disks)
+    if settings.salvage:
+        from lamina.jobs.salvage import SalvagedSources
+
+        sources = SalvagedSources(disks, settings.warn)
     Conversion(sources, target, settings).run()
 
 

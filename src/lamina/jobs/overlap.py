@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 _TRIAL = 0.003
 """Seconds of work before threads are started: less is not worth it."""
-_SAMPLE = 8
+_SAMPLE = 16
 """Items that tell whether preparing is mostly waiting."""
 
 
