@@ -20,12 +20,12 @@ from lamina.jobs.overlap import overlapped
 from lamina.jobs.sources import Sources, side_by_side
 from lamina.jobs.zeroes import is_zero
 from lamina.records import dataclass
-from lamina.units import KIB, SECTOR
+from lamina.units import MIB, SECTOR
 
 if TYPE_CHECKING:
     from lamina.block.backend import Backend
 
-_PIECE = 512 * KIB
+_PIECE = 2 * MIB
 
 
 class Difference(enum.Enum):

@@ -1,7 +1,7 @@
 """Copying disks, one behind the other, onto a target.
 
-The extents of the sources say what there is to move. Runs of data are gathered into batches of a
-mebibyte, each with a buffer of its own that is used again and again (fresh pages of memory cost
+The extents of the sources say what there is to move. Runs of data are gathered into batches of two
+mebibytes, each with a buffer of its own that is used again and again (fresh pages of memory cost
 more than the copy into them). Threads read batches, decoding as they go, look for zeroes, and write
 them in the order of their addresses, so that the target comes out sequential, and one core reads
 while another writes (``jobs.overlap``).
@@ -20,7 +20,6 @@ from lamina.errors import LaminaError, UsageError
 from lamina.hints import TYPE_CHECKING, NamedTuple
 from lamina.jobs.overlap import overlapped
 from lamina.jobs.rate import RateLimit
-from lamina.jobs.salvage import SalvagedSources
 from lamina.jobs.sources import Sources
 from lamina.jobs.zeroes import between, is_zero, zero_runs
 from lamina.records import dataclass
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from lamina.block.backend import Backend
     from lamina.block.node import Node
 
-_BATCH = MIB
+_BATCH = 2 * MIB
 _COMPRESSED_BATCH = 4 * MIB
 """Many units, so that they can be encoded side by side."""
 _LARGEST_UNIT = 4 * MIB
@@ -112,7 +111,11 @@ def convert(disks: list[Backend], target: Backend, settings: Settings) -> None:
         raise UsageError("Compression not supported for this file format")
     if settings.compressed and not target.info().cluster_size:
         raise UsageError("invalid cluster size")
-    sources = SalvagedSources(disks, settings.warn) if settings.salvage else Sources(disks)
+    sources = Sources(disks)
+    if settings.salvage:
+        from lamina.jobs.salvage import SalvagedSources
+
+        sources = SalvagedSources(disks, settings.warn)
     Conversion(sources, target, settings).run()
 
 

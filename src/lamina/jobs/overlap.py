@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _TRIAL = 0.003
 """Seconds of work before threads are started: less is not worth it."""
+_SAMPLE = 16
+"""Items that tell whether preparing is mostly waiting."""
 
 
 def overlapped(
@@ -76,7 +78,7 @@ class _Overlap:
 
     def add_threads(self) -> None:
         # Nearly all items do: some always wait, for a core or for the interpreter.
-        waits = 10 * self.waited > 9 * self.prepared
+        waits = self.prepared >= _SAMPLE and 10 * self.waited > 9 * self.prepared
         wanted = self.workers if waits else min(self.workers, cores())
         while len(self.threads) < wanted - 1:
             thread = threading.Thread(target=self.work, daemon=True)

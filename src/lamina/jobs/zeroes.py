@@ -7,6 +7,7 @@ looked at, all of them in one strided pass; only blocks that begin with zeroes a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 Run = tuple[int, int]
 """Start and end."""
@@ -39,28 +40,35 @@ def zero_runs(
     if end - first > len(heads) * granule:
         # A last granule of less than a word.
         heads.append(0)
-    positions: Sequence[int] = range(first, end, granule)
+    edges = [*range(first, end, granule), end]
     if start < first:
         heads.insert(0, 0)
-        positions = [start, *positions]
-    if 0 not in heads:
-        return []
+        edges.insert(0, start)
     runs: list[Run] = []
-    run_start = -1
-    for number, position in enumerate(positions):
-        if not heads[number]:
-            stop = positions[number + 1] if number + 1 < len(positions) else end
-            if is_zero(buffer, position, stop):
-                if run_start < 0:
-                    run_start = position
-                continue
-        if run_start >= 0:
-            runs.append((run_start, position))
-            run_start = -1
-    if run_start >= 0:
-        runs.append((run_start, end))
+    count = len(heads)
+    heads.append(0)  # where the search for the next zero ends
+    number = heads.index(0)
+    while number < count:
+        beginning = number
+        while number < count and not heads[number]:
+            number += 1
+        runs += _zero_parts(buffer, edges[beginning : number + 1])
+        number = heads.index(0, number)
     if shortest > granule and runs != [(start, end)]:
         return [run for run in runs if run[1] - run[0] >= shortest]
+    return runs
+
+
+def _zero_parts(buffer: bytearray, edges: Sequence[int]) -> list[Run]:
+    """The runs of zeroes in blocks that lie between these edges and begin with zeroes."""
+    if is_zero(buffer, edges[0], edges[-1]):
+        return [(edges[0], edges[-1])]
+    runs: list[Run] = []
+    for start, end in pairwise(edges):
+        if is_zero(buffer, start, end):
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, end))
     return runs
 
 

@@ -91,10 +91,10 @@ def test_content_is_looked_at_before_the_status_of_what_follows() -> None:
 
 
 def test_a_read_error_names_disk_and_place() -> None:
-    one = filled(2048 * K, (0, b"x" * 2048 * K))
-    other = filled(2048 * K, (0, b"x" * 2048 * K))
-    other.fail_read_at = 600 * K
+    one = filled(4096 * K, (0, b"x" * 4096 * K))
+    other = filled(4096 * K, (0, b"x" * 4096 * K))
+    other.fail_read_at = 2600 * K
     with pytest.raises(ReadFailed) as caught:
         compare(backend(one), backend(other))
-    assert (caught.value.number, caught.value.offset) == (1, 512 * K)
+    assert (caught.value.number, caught.value.offset) == (1, 2048 * K)
     assert str(caught.value) == "Input/output error"

@@ -227,6 +227,6 @@ def test_huge_units_are_written_in_parts() -> None:
     target = MemoryDisk(3 << 20, unit=unit)
     with backend(source) as one, backend(target) as other:
         conversion = Conversion(Sources([one]), other, Settings(target_is_zero=True))
-        assert conversion.batch_size == 1 << 20
+        assert conversion.batch_size == 2 << 20
         conversion.run()
         assert other.read(0, 3 << 20) == one.read(0, 3 << 20)

@@ -84,13 +84,35 @@ class QedMapping(Mapping):
             if entries is None:
                 yield start * unit, Kind.BELOW, -1
                 continue
-            for cluster, entry in enumerate(entries, start):
+            for cluster, _, entry in self._runs(start, entries):
                 kind = _KINDS.get(entry)
                 if kind is not None:
                     yield cluster * unit, kind, -1
                 else:
-                    self._check_place(cluster, entry)
                     yield cluster * unit, Kind.DATA, entry
+
+    def _runs(self, first: int, entries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(cluster, how many, the first one's entry) of clusters that lie one behind the other, or
+        have the same entry. ``entries``: those of the clusters from ``first`` on.
+
+        Raises ImageCorrupt where there can be no data.
+        """
+        unit, end_of_file = self.unit, self.appender.end
+        start, opening = first, 0
+        # The entry that would carry the run on, and what it grows by from cluster to cluster.
+        expected, step = -1, 0
+        for cluster, entry in enumerate(entries, first):
+            if entry == expected and entry < end_of_file:
+                expected += step
+                continue
+            if cluster > first:
+                yield start, cluster - start, opening
+            start, opening, step = cluster, entry, 0
+            if entry > ZERO_CLUSTER:
+                self._check_place(cluster, entry)
+                step = unit
+            expected = entry + step
+        yield start, first + len(entries) - start, opening
 
     def columns(self, offset: int, length: int) -> Iterator[Columns]:
         import numpy as np
@@ -167,14 +189,13 @@ class QedMapping(Mapping):
         first = offset // unit
         for start, _, entries in self.tables.runs(first, -(-end // unit) - first):
             assert entries is not None
-            for cluster, entry in enumerate(entries, start):
+            for cluster, count, entry in self._runs(start, entries):
                 guest = cluster * unit
-                lo, hi = max(guest, offset), min(guest + unit, end)
+                lo, hi = max(guest, offset), min(guest + count * unit, end)
                 if entry > ZERO_CLUSTER:
-                    self._check_place(cluster, entry)
                     piece = Piece(lo, hi - lo, self.file, entry + lo - guest)
                 else:
-                    piece = reservation.append(cluster, lo, hi)
+                    piece = reservation.append(cluster, count, lo, hi)
                 reservation.pieces.append(piece)
 
     def zero(self, offset: int, length: int, *, may_unmap: bool) -> bool:
@@ -268,18 +289,19 @@ class QedReservation(Reservation):
 
     def __init__(self, mapping: QedMapping) -> None:
         self.pieces: list[Piece] = []
-        self.new: list[tuple[int, int]] = []
-        """Guest cluster and the host offset of its new place."""
+        self.new: list[tuple[int, int, int]] = []
+        """Guest cluster, how many, and the host offset of their new places."""
         self._mapping = mapping
         self._start = self._end = mapping.appender.end
 
-    def append(self, cluster: int, start: int, end: int) -> Piece:
-        """A new place for a cluster, of which the guest writes from ``start`` to ``end``."""
+    def append(self, cluster: int, count: int, start: int, end: int) -> Piece:
+        """New places for clusters, of which the guest writes from ``start`` to ``end``. Their
+        entries lie in one part of an L2 table."""
         mapping = self._mapping
         unit = mapping.unit
-        place, untouched = mapping.appender.take(unit, unit)
+        place, untouched = mapping.appender.take(count * unit, unit)
         self._end = mapping.appender.end
-        self.new.append((cluster, place))
+        self.new.append((cluster, count, place))
         head = start - cluster * unit
         return Piece(
             start,
@@ -287,7 +309,7 @@ class QedReservation(Reservation):
             mapping.file,
             place + head,
             copy_head=head,
-            copy_tail=(cluster + 1) * unit - end,
+            copy_tail=(cluster + count) * unit - end,
             fresh=True,
             reads_zero=untouched,
         )
@@ -300,8 +322,8 @@ class QedReservation(Reservation):
             except BaseException:
                 self.abort()
                 raise
-        for cluster, place in self.new:
-            mapping.tables.set_entry(cluster, place)
+        for cluster, count, place in self.new:
+            mapping.tables.set_places(cluster, count, place)
 
     def abort(self) -> None:
         self._mapping.appender.give_back(self._start, self._end)

@@ -158,9 +158,20 @@ class Tables:
 
     def set_entry(self, cluster: int, entry: int) -> None:
         """The L2 table must be there."""
+        self._set_entries(cluster, array("Q", (entry,)))
+
+    def set_places(self, cluster: int, count: int, host_offset: int) -> None:
+        """Of clusters one behind the other, whose entries lie in one part of an L2 table."""
+        unit = self.header.cluster_size
+        places = range(host_offset, host_offset + count * unit, unit)
+        self._set_entries(cluster, array("Q", places))
+
+    def _set_entries(self, cluster: int, entries: array[int]) -> None:
         l1_index, index = divmod(cluster, self.header.table_entries)
         part, at = self._place(self.l2_table(l1_index), index)
-        self._l2.update(part, at, _ENTRY.pack(entry))
+        if sys.byteorder != "little":
+            entries.byteswap()
+        self._l2.update(part, at, entries.tobytes())
 
     def forget(self) -> None:
         """The file was changed behind our back, with nothing dirty here."""
