@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from lamina.block.driver import Fix
+from lamina.block.driver import Fix, find_bitmap
 from lamina.block.info import SnapshotInfo
 from lamina.block.node import Node, NodeOptions
 from lamina.block.options import parse
 from lamina.block.secrets import Secrets
 from lamina.engine.disk import Disk
-from lamina.errors import ImageUnsupported, LaminaError, Refused, UsageError
+from lamina.errors import ImageUnsupported, LaminaError, UsageError
 from lamina.formats.qcow2 import DRIVER
 from lamina.formats.qcow2.create import create
 from lamina.formats.qcow2.layout import Header
@@ -34,6 +34,7 @@ from lamina.testing.model import DiskModel, ImageMaker
 
 from .features import FEATURES, Choice, accepted, compresses, options_of
 from .images import verify
+from .recorded import Recorded
 
 KIB = 1 << 10
 EXAMPLES = 1000
@@ -185,6 +186,7 @@ class Qcow2Model(DiskModel):
     def __init__(self) -> None:
         super().__init__()
         self.snapshots: dict[str, bytes] = {}
+        self.bitmaps: dict[str, Recorded] = {}
         self.changes = 0
 
     @property
@@ -263,7 +265,7 @@ class Qcow2Model(DiskModel):
     @rule(data=st.data())
     def apply_snapshot(self, data: Any) -> None:
         name = data.draw(st.sampled_from(sorted(self.snapshots)))
-        if self.disk.info().specific.get("bitmaps"):  # type: ignore[union-attr]
+        if self.bitmaps:
             with pytest.raises(LaminaError, match="Device has active dirty bitmaps"):
                 DRIVER.apply_snapshot(self.disk, name)
             return
@@ -304,6 +306,8 @@ class Qcow2Model(DiskModel):
         if size < len(self.content) and self._may_resize():
             self.disk.truncate(size)
             del self.content[size:]
+            for recorded in self.bitmaps.values():
+                recorded.cut(size)
 
     @rule(data=st.data())
     def amend(self, data: Any) -> None:
@@ -340,14 +344,61 @@ class Qcow2Model(DiskModel):
         DRIVER.make_empty(self.disk)
         self.content = bytearray(backing.ljust(size, b"\0")[:size])
 
-    @rule(add=st.booleans(), number=st.integers(0, 2))
-    def change_bitmaps(self, add: bool, number: int) -> None:
-        """They have clusters of their own, and follow the length of the disk."""
-        change = DRIVER.add_bitmap if add else DRIVER.remove_bitmap
-        words = (self.disk, f"b{number}", None) if add else (self.disk, f"b{number}")
-        with suppress(ImageUnsupported, Refused, UsageError):
-            # There is one of that name already, there is none, or version 2 keeps none.
-            change(*words)
+    # -- bitmaps: they have clusters of their own, and follow the length of the disk ---------------
+
+    @rule(number=st.integers(0, 2))
+    def add_bitmap(self, number: int) -> None:
+        name = f"b{number}"
+        with suppress(ImageUnsupported, UsageError):
+            # There is one of that name already, or version 2 keeps none.
+            DRIVER.add_bitmap(self.disk, name, None)
+            self.bitmaps[name] = Recorded(self.content)
+
+    def _some_bitmap(self, data: Any) -> str:
+        return str(data.draw(st.sampled_from(sorted(self.bitmaps))))
+
+    @precondition(lambda self: self.bitmaps)
+    @rule(data=st.data())
+    def remove_bitmap(self, data: Any) -> None:
+        name = self._some_bitmap(data)
+        DRIVER.remove_bitmap(self.disk, name)
+        del self.bitmaps[name]
+
+    @precondition(lambda self: self.bitmaps)
+    @rule(data=st.data(), enabled=st.booleans())
+    def enable_bitmap(self, data: Any, enabled: bool) -> None:
+        name = self._some_bitmap(data)
+        DRIVER.enable_bitmap(self.disk, name, enabled)
+        if enabled:
+            self.bitmaps[name].go_on(self.content)
+        else:
+            self.bitmaps[name].stop(self.content)
+
+    @precondition(lambda self: self.bitmaps)
+    @rule(data=st.data())
+    def clear_bitmap(self, data: Any) -> None:
+        name = self._some_bitmap(data)
+        stopped = self.bitmaps[name].until is not None
+        DRIVER.clear_bitmap(self.disk, name)
+        self.bitmaps[name] = Recorded(self.content)
+        if stopped:
+            self.bitmaps[name].stop(self.content)
+
+    @precondition(lambda self: len(self.bitmaps) > 1)
+    @rule(data=st.data())
+    def merge_bitmap(self, data: Any) -> None:
+        source, target = self._some_bitmap(data), self._some_bitmap(data)
+        DRIVER.merge_bitmap(self.disk, target, self.disk, source)
+        for offset, length in find_bitmap(self.disk, source).ranges():
+            assert any(
+                start <= offset and offset + length <= start + run
+                for start, run in find_bitmap(self.disk, target).ranges()
+            )
+
+    @invariant()
+    def bitmaps_know_what_changed(self) -> None:
+        for name, recorded in self.bitmaps.items():
+            recorded.check(self.content, find_bitmap(self.disk, name).ranges())
 
     # -- the end ---------------------------------------------------------------------------------
 
