@@ -41,7 +41,10 @@ class Refusal:
 
     def corruption(self, message: str, *, mended: bool = False) -> None:
         raise ImageCorrupt(
-            f"Image is corrupt:{message}", path=self._path, format="qcow2", structure="L1 table"
+            f"Image is corrupt: {message.lstrip(': ')}",
+            path=self._path,
+            format="qcow2",
+            structure="L1 table",
         )
 
     structure_corruption = corruption
