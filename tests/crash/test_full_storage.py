@@ -166,6 +166,24 @@ def test_what_was_acknowledged_is_flushed(tmp_path: Path, name: str, room: int) 
         disk.close()
 
 
+@pytest.mark.parametrize("name", ["vhdx far", "vmdk zeroes"])
+def test_zeroes_that_were_acknowledged_are_flushed(tmp_path: Path, name: str) -> None:
+    """They need entries, too."""
+    image = IMAGES[name]
+    content, _ = created(tmp_path / "image", image)
+    file = SmallStorage(content, 40 * KIB + (508 * KIB if image.format == "vhdx" else 0))
+    disk = opened(file, image.format, b"")
+    failures = 0
+    for number in range(WRITES):
+        try:
+            disk.write_zeroes(number * image.stride, MIB)
+        except StorageError:
+            failures += 1
+    assert 0 < failures < WRITES
+    disk.flush()
+    disk.close()
+
+
 def test_it_can_be_told(tmp_path: Path) -> None:
     """The proof can fail: without room for its tables an image loses what it has acknowledged."""
     from lamina.engine.tables import TableCache

@@ -14,6 +14,10 @@ import pytest
 
 from lamina.tools import img
 from lamina.tools.tool import Tool
+from tests.unit.dmg.images import RAW
+from tests.unit.dmg.images import pack as pack_dmg
+from tests.unit.test_bochs import redolog
+from tests.unit.test_cloop import pack as pack_cloop
 
 pytestmark = pytest.mark.peer
 
@@ -68,11 +72,13 @@ KINDS = [
     Kind("vdi", "vdi"),
     Kind("vdi-static", "vdi", "static=on"),
     Kind("vmdk", "vmdk"),
+    Kind("vmdk-zeroes", "vmdk", "zeroed_grain=on,compat6=on,adapter_type=lsilogic"),
     Kind("vmdk-flat", "vmdk", "subformat=monolithicFlat", checked=False),
     Kind("vmdk-split", "vmdk", "subformat=twoGbMaxExtentSparse"),
     Kind("vmdk-split-flat", "vmdk", "subformat=twoGbMaxExtentFlat", checked=False),
     Kind("vmdk-stream", "vmdk", "subformat=streamOptimized"),
     Kind("vpc", "vpc", "force_size=on", checked=False),
+    Kind("vpc-chs", "vpc", checked=False),
     Kind("vpc-fixed", "vpc", "subformat=fixed,force_size=on", checked=False),
     Kind("vhdx", "vhdx"),
     Kind("vhdx-fixed", "vhdx", "subformat=fixed"),
@@ -100,6 +106,24 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", files, path]
     subprocess.run(command, check=True)
     return path
+
+
+READ_ONLY = {
+    "bochs": lambda content: redolog(content, 65536),
+    "cloop": lambda content: pack_cloop(content, 1 << 19),
+    "dmg": lambda content: pack_dmg(content, (0x80000005, 0x80000006, 0x80000004, RAW), chunk=512),
+}
+"""What QEMU and we only read, and what makes it of the content of a disk."""
+
+
+@pytest.mark.parametrize("source", READ_ONLY)
+def test_from_what_is_only_read(source: str, disk: Path, tmp_path: Path) -> None:
+    image, target = tmp_path / f"source.{source}", tmp_path / "target"
+    image.write_bytes(READ_ONLY[source](disk.read_bytes()))
+    for kind in ("raw", "qcow2", "vmdk", "vhdx"):
+        words = ["convert", "-f", source, "-O", kind, str(image), str(target)]
+        assert Tool("lamina-img").run(img.run, words) == 0
+        qemu_img("compare", "-f", "raw", "-F", kind, str(disk), str(target))
 
 
 @pytest.mark.parametrize("source", KINDS, ids=lambda kind: kind.name)

@@ -29,7 +29,7 @@ def adc(data: bytes) -> bytes:
         run = 1
         while at + run < len(data) and data[at + run] == data[at] and run < 68:
             run += 1
-        if run > 20:
+        if run > 19:
             out += bytes([0x80, data[at], 0x40 | run - 1 - 4, 0, 0])
         elif run > 4:
             out += bytes([0x80, data[at], (run - 1 - 3) << 2, 0])

@@ -17,12 +17,16 @@ def clear(
     ``even_absent``: those that are not there at all as well; otherwise they stay so.
     """
     freed: list[tuple[int, int]] = []
-    for block, entries in mapping.bat.entries(first, count):
-        for number, entry in enumerate(entries):
-            old = entry & STATE
-            if old in (FULLY_PRESENT, PARTIALLY_PRESENT):
-                freed.append((mapping.host_offset(block + number, entry), mapping.unit))
-            elif entry == state or (old == NOT_PRESENT and not even_absent):
-                continue
-            mapping.bat.set(block + number, state)
-    mapping.space.free_later(freed)
+    try:
+        for block, entries in mapping.bat.entries(first, count):
+            for number, entry in enumerate(entries, block):
+                old = entry & STATE
+                if old in (FULLY_PRESENT, PARTIALLY_PRESENT):
+                    freed.append((mapping.host_offset(number, entry), mapping.unit))
+                elif entry == state or (old == NOT_PRESENT and not even_absent):
+                    continue
+                elif not entry:
+                    mapping.bat.hold(number)
+                mapping.bat.set(number, state)
+    finally:
+        mapping.space.free_later(freed)

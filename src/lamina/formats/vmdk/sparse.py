@@ -276,10 +276,10 @@ class SparseExtent(GrainExtent):
         size = round_up(header.table_bytes, SECTOR)
         place = self.space.append(2 * size, SECTOR if self.compressed else self.grain)
         self.tables.new(place, at_once=True)
-        self.name_table(header.directory_offset, number, place)
         if self.has_redundant_directory:
             self.copies.new(place + size, at_once=True)
             self.name_table(header.redundant_offset, number, place + size)
+        self.name_table(header.directory_offset, number, place)
 
     def _hold(self, first: int, count: int) -> None:
         """Have room for the entries of these grains of one table that there is."""
@@ -295,6 +295,7 @@ class SparseExtent(GrainExtent):
         """In the directory at ``base``."""
         chunk, length, at = self._directory_place(base, number)
         self.directory.get(chunk, length)
+        self.directory.hold(chunk, at, ENTRY_SIZE)
         self.directory.update(chunk, at, _ENTRY.pack(place // SECTOR))
 
     def hold_tables(self, numbers: Sequence[int]) -> None:

@@ -157,8 +157,9 @@ class StreamExtent(SparseExtent):
         self.metadata.put(Stage.TABLES, end, last, node=self.node)
         self.metadata.commit()
         self.metadata.barrier()
-        # Footers are looked for at the end of the file.
+        # Footers are looked for at the end of the file: that is durable before one is.
         self.node.truncate(end + len(last))
+        self.metadata.data_written(self.node)
         self._held = 0
         self.metadata.put(Stage.ROOTS, DIRECTORY_FIELD, _PLACE.pack(AT_END), node=self.node)
         self.metadata.commit()
