@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 class Host(Protocol):
     """What a connection asks of its server."""
 
+    @property
+    def connections(self) -> int: ...
+
     def exports(self) -> list[Export]: ...
 
     def log(self, text: str) -> None: ...
@@ -89,6 +92,7 @@ class Connection:
             return  # it was taken away this very moment
         try:
             self._carrier.begin_transmission(self._patience)
+            self._carrier.alone = lambda: self._host.connections == 1
             transmission = Transmission(self._carrier, self.export, agreement)
             transmission.run(lambda: self.stopping)
         except (LaminaError, OSError) as error:
