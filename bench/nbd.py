@@ -1,8 +1,9 @@
 """One server, one client, one workload: ``python -m bench.nbd SERVER FORMAT IMAGE LOAD [TARGET]``.
 
 SERVER is ``lamina-nbd``, ``qemu-nbd`` or ``nbdkit`` (raw images only). Loads: ``read-DEPTH`` and
-``write-DEPTH`` are scattered requests of 4 KiB, ``sequential`` reads 256 KiB at a time, all of them
-sent by ``qemu-img bench``; ``lamina-img`` and ``nbdcopy`` copy the whole export to the file TARGET.
+``write-DEPTH`` are scattered requests of 4 KiB, ``sequential-read`` and ``sequential-write`` take
+256 KiB at a time, all of them sent by ``qemu-img bench``; ``lamina-img`` and ``nbdcopy`` copy the
+whole export to the file TARGET.
 Prints the seconds that the load took, and those of CPU that the server spent.
 """
 
@@ -34,12 +35,12 @@ def load_command(load: str, socket: str, target: str) -> list[str]:
     if load == "nbdcopy":
         return [load, url, target]
     bench = ["qemu-img", "bench", "-f", "raw", "-q"]
-    if load == "sequential":
-        return [*bench, "-c", "4000", "-d", "8", "-s", "256k", url]
-    kind, depth = load.split("-")
-    count = "20000" if depth == "1" else "60000"
     # Not zeroes: other rows make their images of this one.
-    more = ["-w", "--pattern", "65"] if kind == "write" else []
+    more = ["-w", "--pattern", "65"] if "write" in load else []
+    if load.startswith("sequential"):
+        return [*bench, *more, "-c", "4000", "-d", "8", "-s", "256k", url]
+    _, depth = load.split("-")
+    count = "20000" if depth == "1" else "60000"
     return [*bench, *more, "-c", count, "-d", depth, "-s", "4k", "-S", str(_STEP), url]
 
 

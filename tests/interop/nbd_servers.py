@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,10 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
+from lamina.block.backend import Backend
+from lamina.block.session import Session
+
 Server = Callable[..., AbstractContextManager["subprocess.Popen[str]"]]
 SIZE = 4 << 20
 BIN = Path(sys.executable).parent
-HAS_NBDSH = Path("/usr/lib/python3/dist-packages/nbdsh.py").exists()
+LIBNBD_PYTHON = "/usr/bin/python3"
+"""The interpreter that has libnbd's module, where there is one."""
+needs_nbdsh = pytest.mark.skipif(
+    not Path("/usr/lib/python3/dist-packages/nbdsh.py").exists(), reason="needs python3-libnbd"
+)
+needs_libnbd = pytest.mark.skipif(shutil.which("nbdinfo") is None, reason="needs libnbd-bin")
+needs_nbdkit = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
 
 
 def run(*command: object, check: bool = True) -> str:
@@ -90,8 +102,19 @@ def lamina_nbd(path: Path, *arguments: object) -> Iterator[subprocess.Popen[str]
         yield server
 
 
+SERVERS = [pytest.param(lamina_nbd, id="lamina-nbd"), pytest.param(qemu_nbd, id="qemu-nbd")]
+"""Ours, and the one whose place it takes."""
+
+
 def url(path: Path, name: str = "disk") -> str:
     return f"nbd+unix:///{name}?socket={path}"
+
+
+def opened(socket: Path, *, writable: bool = True) -> Backend:
+    """The export of a server, with our client."""
+    return Backend.open(
+        url(socket), session=Session(), format="raw", writable=writable, discard="unmap"
+    )
 
 
 # -- their disks ---------------------------------------------------------------------------------

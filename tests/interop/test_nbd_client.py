@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,10 +19,13 @@ from lamina.errors import LaminaError, StorageError
 from lamina.protocols.nbd.connecting import list_of_exports
 from tests.interop.nbd_servers import (
     BIN,
-    HAS_NBDSH,
+    LIBNBD_PYTHON,
     SIZE,
     lamina_nbd,
     nbdkit,
+    needs_nbdkit,
+    needs_nbdsh,
+    opened,
     qemu_nbd,
     run,
     url,
@@ -32,8 +34,6 @@ from tests.unit.nbd.serving import make_certificates, make_keys
 
 pytestmark = pytest.mark.peer
 
-needs_nbdsh = pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
-needs_nbdkit = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
 
 
 def raw(path: Path, content: bytes | None = None) -> Path:
@@ -81,22 +81,12 @@ KINDS = [
 ]
 
 
-def opened(path: Path, *, writable: bool = True) -> Backend:
-    return Backend.open(
-        url(path / "socket"),
-        session=Session(),
-        format="raw",
-        writable=writable,
-        discard="unmap",
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_disk_is_what_was_written(kind: str, tmp_path: Path) -> None:
     dice = random.Random(kind)
     model = bytearray(SIZE)
     with peer(kind, tmp_path) as disk:
-        with opened(tmp_path) as image:
+        with opened(tmp_path / "socket") as image:
             assert image.size == SIZE
             for _ in range(30):
                 batch = []
@@ -117,7 +107,7 @@ def test_disk_is_what_was_written(kind: str, tmp_path: Path) -> None:
                 assert image.read(at, 200_000) == model[at : at + 200_000]
             image.flush()
             assert sum(extent.length for extent in image.extents(0, SIZE)) == SIZE
-        with opened(tmp_path, writable=False) as image:
+        with opened(tmp_path / "socket", writable=False) as image:
             assert image.read(0, SIZE) == model
         assert disk.read_bytes() == model
 
@@ -138,7 +128,7 @@ def test_oldstyle(tmp_path: Path) -> None:
 def test_errors_of_a_server(tmp_path: Path) -> None:
     socket, disk = tmp_path / "socket", raw(tmp_path)
     filters = ("--filter=error", "file", disk, "error-pwrite=ENOSPC", "error-rate=100%")
-    with nbdkit(socket, *filters), opened(tmp_path) as image:
+    with nbdkit(socket, *filters), opened(tmp_path / "socket") as image:
         with pytest.raises(StorageError) as caught:
             image.write(0, b"x")
         assert str(caught.value) == "No space left on device"
@@ -244,7 +234,7 @@ def test_requests_to_prefetch_are_passed_on(tmp_path: Path) -> None:
     disk = raw(tmp_path)
     with nbdkit(socket, "--filter=log", "--filter=cache", "file", disk, f"logfile={log}"):
         with lamina_nbd(ours, "-r", "-f", "raw", url(socket)):
-            run("/usr/bin/python3", "-c", PREFETCHES, url(ours))
+            run(LIBNBD_PYTHON, "-c", PREFETCHES, url(ours))
         told = log.read_text()
     assert "Cache id=1 offset=0x100000 count=0x10000" in told
     assert "Read id=" not in told
@@ -361,20 +351,20 @@ def test_pre_shared_keys(tmp_path: Path, server: str) -> None:
         keys = tmp_path / "keys" / "keys.psk"
         running = nbdkit(socket, "--tls=require", f"--tls-psk={keys}", "file", disk)
 
-    def opened(user: str, keys: str) -> Backend:
+    def connected(user: str, keys: str) -> Backend:
         file = tmp_path / keys / "keys.psk"
         name = f"nbds+unix://{user}@/disk?socket={socket}&tls-type=psk&tls-psk-file={file}"
         return Backend.open(name, session=Session(), format="raw", writable=True)
 
     data = random.Random(2).randbytes(1 << 20)
     with running:
-        with opened("bob", "keys") as image:
+        with connected("bob", "keys") as image:
             image.writev([(at, data[at : at + 100_000]) for at in range(0, 1 << 20, 100_000)])
             image.flush()
             assert image.read(0, 1 << 20) == data
         for user in ("alice", "carol"):
             with pytest.raises(LaminaError, match="TLS handshake failed"):
-                opened(user, "others")
+                connected(user, "others")
         done = run(
             BIN / "lamina-img",
             "info",

@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 
 from lamina.block.backend import Backend
-from lamina.block.session import Session
 from lamina.errors import StorageError
 from tests.interop.nbd_servers import (
-    HAS_NBDSH,
+    LIBNBD_PYTHON,
+    SERVERS,
     SIZE,
     Server,
     assert_consistent,
     content_of,
     image,
     lamina_nbd,
+    needs_nbdsh,
+    opened,
     qemu_nbd,
     run,
     url,
@@ -31,9 +33,6 @@ from tests.interop.nbd_servers import (
 
 pytestmark = pytest.mark.peer
 
-needs_nbdsh = pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
-
-SERVERS = [pytest.param(lamina_nbd, id="lamina-nbd"), pytest.param(qemu_nbd, id="qemu-nbd")]
 PIECE = 8 << 10
 """Small, so that many arrive at once."""
 PIECES = SIZE // PIECE
@@ -72,12 +71,8 @@ acknowledged reads back."""
 
 def write_all(socket: Path) -> tuple[list[str | None], str | None]:
     """The outcome of each piece, and of the flush that followed."""
-    told = json.loads(run("/usr/bin/python3", "-c", LIBNBD_WRITES, url(socket)))
+    told = json.loads(run(LIBNBD_PYTHON, "-c", LIBNBD_WRITES, url(socket)))
     return [told[str(n)] for n in range(PIECES)], told["flush"]
-
-
-def opened(socket: Path) -> Backend:
-    return Backend.open(url(socket), session=Session(), format="raw", writable=True)
 
 
 def failures(disk: Backend, pieces: Iterable[int]) -> list[str]:
@@ -229,7 +224,7 @@ def test_requests_of_a_kind(tmp_path: Path, kind: str, fail: set[str]) -> None:
         if kind != "flush":
             fault["sector"] = 128
         with server(socket, *failing(disk, "raw", **fault)):
-            told = run("/usr/bin/python3", "-c", LIBNBD_DOES_EVERYTHING, url(socket))
+            told = run(LIBNBD_PYTHON, "-c", LIBNBD_DOES_EVERYTHING, url(socket))
         found.append(json.loads(told))
     assert {name: error for name, error in found[0].items() if error} == dict.fromkeys(fail, "EIO")
     assert found[0] == found[-1]

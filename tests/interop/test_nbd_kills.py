@@ -18,23 +18,21 @@ from lamina.block.backend import Backend
 from lamina.block.limits import WriteFlags
 from lamina.block.session import Session
 from tests.interop.nbd_servers import (
-    HAS_NBDSH,
+    LIBNBD_PYTHON,
+    SERVERS,
     SIZE,
     Server,
     assert_consistent,
     content_of,
     image,
     lamina_nbd,
-    qemu_nbd,
+    needs_nbdsh,
     run,
     url,
 )
 
 pytestmark = pytest.mark.peer
 
-needs_nbdsh = pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
-
-SERVERS = [pytest.param(lamina_nbd, id="lamina-nbd"), pytest.param(qemu_nbd, id="qemu-nbd")]
 BLOCK = 16 << 10
 
 # -- servers that are killed -----------------------------------------------------------------------
@@ -172,7 +170,7 @@ while True:
 @pytest.mark.parametrize(
     ("python", "script"),
     [
-        pytest.param("/usr/bin/python3", LIBNBD_IS_KILLED, id="libnbd", marks=needs_nbdsh),
+        pytest.param(LIBNBD_PYTHON, LIBNBD_IS_KILLED, id="libnbd", marks=needs_nbdsh),
         pytest.param(sys.executable, LAMINA_IS_KILLED, id="lamina"),
     ],
 )

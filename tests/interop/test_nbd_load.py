@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.nbd_servers import HAS_NBDSH, assert_consistent, image, lamina_nbd, run, url
+from tests.interop.nbd_servers import (
+    LIBNBD_PYTHON,
+    assert_consistent,
+    image,
+    lamina_nbd,
+    needs_nbdsh,
+    run,
+    url,
+)
 
 pytestmark = pytest.mark.peer
 
@@ -29,7 +37,7 @@ def has_nbd_engine() -> bool:
     return "nbd" in run("fio", "--enghelp").split()
 
 
-@pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
+@needs_nbdsh
 @pytest.mark.timeout(300 + 2 * SECONDS)
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_many_clients(tmp_path: Path, format: str) -> None:
@@ -38,7 +46,7 @@ def test_many_clients(tmp_path: Path, format: str) -> None:
     began = time.monotonic()
     with lamina_nbd(socket, "-e", CLIENTS + 1, "-f", format, "--discard=unmap", disk) as server:
         done = subprocess.run(
-            ["/usr/bin/python3", LOAD, url(socket), str(CLIENTS), str(SECONDS), "1", content],
+            [LIBNBD_PYTHON, LOAD, url(socket), str(CLIENTS), str(SECONDS), "1", content],
             capture_output=True,
             text=True,
             timeout=120 + 2 * SECONDS,

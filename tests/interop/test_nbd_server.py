@@ -15,11 +15,13 @@ import pytest
 
 from tests.interop.nbd_servers import (
     BIN,
-    HAS_NBDSH,
+    LIBNBD_PYTHON,
     SIZE,
     image,
     lamina_nbd,
     nbdkit,
+    needs_libnbd,
+    needs_nbdsh,
     process,
     qemu_nbd,
     run,
@@ -28,10 +30,6 @@ from tests.interop.nbd_servers import (
 from tests.unit.nbd.serving import make_certificates, make_keys
 
 pytestmark = pytest.mark.peer
-
-LIBNBD = shutil.which("nbdinfo") is not None
-needs_libnbd = pytest.mark.skipif(not LIBNBD, reason="needs libnbd-bin")
-needs_nbdsh = pytest.mark.skipif(not HAS_NBDSH, reason="needs python3-libnbd")
 
 
 def some_content() -> bytes:
@@ -145,7 +143,7 @@ for structured in (True, False):
     h.shutdown()
 """
     with lamina_nbd(socket, "-f", "raw", image(tmp_path, "raw")):
-        run("/usr/bin/python3", "-c", script)
+        run(LIBNBD_PYTHON, "-c", script)
 
 
 @needs_libnbd
@@ -421,7 +419,7 @@ def test_socket_activation(tmp_path: Path) -> None:
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
             "os.execv(sys.argv[2], sys.argv[2:])"
         )
-        words = ["/usr/bin/python3", "-c", script, str(listening.fileno()), BIN / "lamina-nbd"]
+        words = [LIBNBD_PYTHON, "-c", script, str(listening.fileno()), BIN / "lamina-nbd"]
         server = subprocess.Popen(
             [*words, "-f", "raw", disk], pass_fds=[listening.fileno()], stderr=subprocess.PIPE
         )

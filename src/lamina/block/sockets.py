@@ -155,11 +155,13 @@ def _listen_unix(address: SocketAddress, backlog: int) -> socket.socket:
 
 
 def prepare(connection: socket.socket, *, keep_alive: bool = False) -> None:
-    """Small messages leave at once."""
+    """Small messages leave at once, and large ones find room."""
     if connection.family in (socket.AF_INET, socket.AF_INET6):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if keep_alive:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    elif connection.family == socket.AF_UNIX:  # TCP finds the right size by itself
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_ROOM)
 
 
 def unix_name(address: SocketAddress) -> str | bytes:
@@ -178,6 +180,9 @@ def unix_name(address: SocketAddress) -> str | bytes:
 
 _UNIX_LENGTH = 108
 """Bytes of sockaddr_un.sun_path."""
+_UNIX_ROOM = 1 << 20
+"""Bytes that may be on their way through a Unix socket. The host's default is less than one message
+of a busy client, and the two sides would always be waiting for each other."""
 
 
 def resolve(address: SocketAddress, *, passive: bool = False) -> list[tuple[int, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,11 +77,17 @@ class Serving:
         }
 
     def connect(self) -> socket.socket:
-        """Without a handshake."""
+        """Without a handshake; also where more want to connect than the host lets wait."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(10)
-        connection.connect(str(self.socket))
-        return connection
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                connection.connect(str(self.socket))
+                return connection
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -396,14 +397,93 @@ def test_noise_ends_one_connection_only(tmp_path: Path) -> None:
     assert any("Disconnect client, due to: invalid magic" in line for line in one.log)
 
 
-def test_half_open_handshakes_keep_nobody_out(tmp_path: Path) -> None:
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As many open files as the host allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_thousands_of_half_open_handshakes_keep_nobody_out(
+    tmp_path: Path, many_files: None
+) -> None:
+    """Silent ones, and ones that stop in the middle of their flags, of an option, of its data."""
+    flags = messages.CLIENT_FLAGS.pack(nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES)
+    option = messages.OPTION.pack(nbd.OPTION_MAGIC, nbd.OPT_GO, 4000)
+    beginnings = (b"", flags[:2], flags, flags + option[:9], flags + option + bytes(100))
     with serving(tmp_path, limits=Limits(0, handshake_seconds=60)) as one:
-        silent = [one.connect() for _ in range(300)]
+        assert one.server is not None
         client = Client(one)
-        assert client.ask(read(0, 512)) == [0]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        silent = []
+        for number in range(2000):
+            connection = one.connect()
+            silent.append(connection)
+            with suppress(OSError):  # it may have been given up by now
+                connection.sendall(beginnings[number % len(beginnings)])
+            if number % 100 == 0:
+                assert client.ask(read(0, 512)) == [0]  # whoever was there is served
+                assert threading.active_count() < 300
+        other = Client(one)
+        assert other.ask(read(0, 512)) == [0]
         eventually(lambda: one.server is not None and one.server.connections < 140)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 64 << 10  # kilobytes
+        assert client.ask(read(0, 512)) == [0]
         for connection in silent:
             connection.close()
+        eventually(lambda: one.server is not None and one.server.connections == 2)
+        other.close()
+        client.close()
+    assert any("Too many handshakes" in line for line in one.log)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_flood_of_options_has_its_time(tmp_path: Path, reads: bool) -> None:
+    """As long as the handshake may take and no longer, whether the answers are taken or not."""
+    many = messages.option(nbd.OPT_LIST) * 500 + messages.option(0x4711, bytes(4096)) * 20
+    with serving(tmp_path, limits=Limits(0, handshake_seconds=1)) as one:
+        flooding = one.connect()
+        flooding.sendall(messages.CLIENT_FLAGS.pack(nbd.FIXED_NEWSTYLE))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        client = Client(one)
+
+        def flood() -> None:
+            with suppress(OSError):
+                while True:
+                    flooding.sendall(many)
+
+        started = time.monotonic()
+        sending = threading.Thread(target=flood)
+        sending.start()
+        taken = 0
+        if reads:
+            with suppress(ConnectionError):
+                while data := flooding.recv(1 << 16):
+                    taken += len(data)
+        sending.join(20)
+        assert not sending.is_alive()
+        assert 0.5 < time.monotonic() - started < 8
+        assert taken > 100_000 or not reads
+        assert client.ask(read(0, 512)) == [0]
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+        client.close()
+        flooding.close()
+    assert any("The handshake takes too long" in line for line in one.log)
+
+
+def test_waiting_for_an_idle_client_takes_no_time_of_the_host(tmp_path: Path) -> None:
+    """The server stays awake for a client that asks again at once, not for one that does not."""
+    with serving(tmp_path) as one:
+        client = Client(one)
+        for _ in range(200):
+            assert client.ask(read(0, 512)) == [0]
+        time.sleep(0.1)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.1
         client.close()
 
 

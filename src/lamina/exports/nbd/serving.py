@@ -52,7 +52,6 @@ class Transmission:
         self._carrier = carrier
         self._export = export
         self._backend = export.backend
-        self._style = agreement.style
         self._replies = replies_of(agreement.style)
         self._selected = sorted(agreement.contexts.values())
         """Numbers of the metadata contexts that the client chose."""
@@ -62,6 +61,9 @@ class Transmission:
         self._read_flags = _FLAGS[nbd.CMD_READ]
         if agreement.style is not Style.SIMPLE:
             self._read_flags |= nbd.CMD_FLAG_DF
+        self._write_flags = _FLAGS[nbd.CMD_WRITE]
+        if extended:
+            self._write_flags |= nbd.CMD_FLAG_PAYLOAD_LEN
         self._readings = Readings(carrier, export, self._replies)
         self._handlers: dict[int, Callable[[Request], bytes]] = {
             nbd.CMD_FLUSH: self._flush,
@@ -95,7 +97,8 @@ class Transmission:
 
     def _serve(self, batch: list[Request]) -> bool:
         """False: the client has said goodbye."""
-        size, read_flags = self._export.size, self._read_flags
+        size, read_flags, write_flags = self._export.size, self._read_flags, self._write_flags
+        writable = not self._export.read_only
         reads: list[Request] = []
         writes: list[Request] = []
         others: list[Request] = []
@@ -110,7 +113,16 @@ class Transmission:
                 and request.offset + request.length <= size
                 and not request.fault
             ):
-                reads.append(request)  # nearly always
+                reads.append(request)
+                continue
+            if (
+                command == nbd.CMD_WRITE
+                and not request.flags & ~write_flags
+                and request.offset + request.length <= size
+                and writable
+                and not request.fault
+            ):
+                writes.append(request)  # nearly always one of these two
                 continue
             if command == nbd.CMD_DISC:
                 going_on = False
@@ -147,11 +159,14 @@ class Transmission:
             if command == nbd.CMD_WRITE:
                 raise _Wrong(request.fault, f"len ({length}) is larger than max len")
             raise _Wrong(request.fault, "unexpected payload")
-        allowed = self._read_flags if command == nbd.CMD_READ else _FLAGS[command]
-        if self._style is Style.EXTENDED and (
-            command == nbd.CMD_WRITE or request.contexts is not None
-        ):
-            allowed |= nbd.CMD_FLAG_PAYLOAD_LEN
+        if command == nbd.CMD_READ:
+            allowed = self._read_flags
+        elif command == nbd.CMD_WRITE:
+            allowed = self._write_flags
+        else:
+            allowed = _FLAGS[command]
+            if request.contexts is not None:
+                allowed |= nbd.CMD_FLAG_PAYLOAD_LEN
         if flags & ~allowed:
             name = nbd.COMMAND_NAMES[command]
             raise _Wrong(nbd.EINVAL, f"unsupported flags for command {name} (got 0x{flags:x})")

@@ -65,17 +65,22 @@ class SimpleReplies:
 
 
 class StructuredReplies(SimpleReplies):
+    """Chunks. Extended ones have the offset of the request in their headers, and 64-bit numbers."""
+
     style = Style.STRUCTURED
     data_header = _STRUCTURED_DATA.size
+    _extended = False
 
     def _chunk(
         self, kind: int, cookie: int, request_offset: int, payload: bytes, done: bool
     ) -> bytes:
-        flags = nbd.REPLY_FLAG_DONE if done else 0
-        return (
-            STRUCTURED.pack(nbd.STRUCTURED_REPLY_MAGIC, flags, kind, cookie, len(payload))
-            + payload
-        )
+        length = len(payload)
+        if self._extended:
+            magic = nbd.EXTENDED_REPLY_MAGIC
+            head = EXTENDED.pack(magic, done, kind, cookie, request_offset, length)
+        else:
+            head = STRUCTURED.pack(nbd.STRUCTURED_REPLY_MAGIC, done, kind, cookie, length)
+        return head + payload
 
     def pack_data(
         self,
@@ -88,16 +93,15 @@ class StructuredReplies(SimpleReplies):
         *,
         done: bool = True,
     ) -> None:
-        _STRUCTURED_DATA.pack_into(
-            buffer,
-            at,
-            nbd.STRUCTURED_REPLY_MAGIC,
-            done,
-            nbd.CHUNK_OFFSET_DATA,
-            cookie,
-            length + 8,
-            offset,
-        )
+        kind, length = nbd.CHUNK_OFFSET_DATA, length + _OFFSET.size
+        if self._extended:
+            magic = nbd.EXTENDED_REPLY_MAGIC
+            _EXTENDED_DATA.pack_into(
+                buffer, at, magic, done, kind, cookie, request_offset, length, offset
+            )
+        else:
+            magic = nbd.STRUCTURED_REPLY_MAGIC
+            _STRUCTURED_DATA.pack_into(buffer, at, magic, done, kind, cookie, length, offset)
 
     def hole(
         self, cookie: int, request_offset: int, offset: int, length: int, *, done: bool = True
@@ -115,10 +119,17 @@ class StructuredReplies(SimpleReplies):
         *,
         done: bool = True,
     ) -> bytes:
-        """What a metadata context says of consecutive extents, each shorter than 4 GiB."""
+        """What a metadata context says of consecutive extents; without extended headers each is
+        shorter than 4 GiB."""
         values = [value for extent in extents for value in extent]
-        payload = _STATUS.pack(context) + struct.pack(f">{len(values)}I", *values)
-        return self._chunk(nbd.CHUNK_BLOCK_STATUS, cookie, request_offset, payload, done)
+        if self._extended:
+            kind, letter = nbd.CHUNK_BLOCK_STATUS_EXT, "Q"
+            payload = _STATUS_EXT.pack(context, len(extents))
+        else:
+            kind, letter = nbd.CHUNK_BLOCK_STATUS, "I"
+            payload = _STATUS.pack(context)
+        payload += struct.pack(f">{len(values)}{letter}", *values)
+        return self._chunk(kind, cookie, request_offset, payload, done)
 
     def nothing(self, cookie: int, request_offset: int) -> bytes:
         return self._chunk(nbd.CHUNK_NONE, cookie, request_offset, b"", True)
@@ -139,59 +150,10 @@ class StructuredReplies(SimpleReplies):
 class ExtendedReplies(StructuredReplies):
     style = Style.EXTENDED
     data_header = _EXTENDED_DATA.size
+    _extended = True
 
     def success(self, cookie: int, request_offset: int) -> bytes:
         return self.nothing(cookie, request_offset)
-
-    def _chunk(
-        self, kind: int, cookie: int, request_offset: int, payload: bytes, done: bool
-    ) -> bytes:
-        flags = nbd.REPLY_FLAG_DONE if done else 0
-        return (
-            EXTENDED.pack(
-                nbd.EXTENDED_REPLY_MAGIC, flags, kind, cookie, request_offset, len(payload)
-            )
-            + payload
-        )
-
-    def pack_data(
-        self,
-        buffer: bytearray | memoryview,
-        at: int,
-        cookie: int,
-        request_offset: int,
-        offset: int,
-        length: int,
-        *,
-        done: bool = True,
-    ) -> None:
-        _EXTENDED_DATA.pack_into(
-            buffer,
-            at,
-            nbd.EXTENDED_REPLY_MAGIC,
-            done,
-            nbd.CHUNK_OFFSET_DATA,
-            cookie,
-            request_offset,
-            length + 8,
-            offset,
-        )
-
-    def status(
-        self,
-        cookie: int,
-        request_offset: int,
-        context: int,
-        extents: StatusExtents,
-        *,
-        done: bool = True,
-    ) -> bytes:
-        """The same without a limit to the length of an extent."""
-        values = [value for extent in extents for value in extent]
-        payload = _STATUS_EXT.pack(context, len(extents)) + struct.pack(
-            f">{len(values)}Q", *values
-        )
-        return self._chunk(nbd.CHUNK_BLOCK_STATUS_EXT, cookie, request_offset, payload, done)
 
 
 def replies_of(style: Style) -> SimpleReplies:
