@@ -16,7 +16,9 @@ import pytest
 from tests.interop.nbd_servers import (
     BIN,
     LIBNBD_PYTHON,
+    SERVERS,
     SIZE,
+    Server,
     image,
     lamina_nbd,
     nbdkit,
@@ -233,6 +235,25 @@ def test_pre_shared_keys(tmp_path: Path) -> None:
             failed = subprocess.run(["nbdinfo", uri(user, keys)], capture_output=True)
             assert failed.returncode == 1
     assert (tmp_path / "copy").read_bytes() == some_content()
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("server", SERVERS)
+def test_nobody_resizes_what_is_served(
+    tmp_path: Path, server: Server, read_only: bool, format: str
+) -> None:
+    disk, socket = image(tmp_path, format), tmp_path / "socket"
+    with server(socket, "-f", format, *(["-r"] if read_only else []), disk):
+        run("qemu-nbd", "-L", "-k", socket)  # now it serves
+        for tool in ("qemu-img", BIN / "lamina-img"):
+            done = subprocess.run(
+                [tool, "resize", "-f", format, disk, "8M"], capture_output=True, text=True
+            )
+            assert done.returncode == 1
+            kind = "resize" if format == "raw" else "write"
+            assert f'Failed to get "{kind}" lock' in done.stderr
+    run(BIN / "lamina-img", "resize", "-f", format, disk, "8M")
 
 
 # -- the tool --------------------------------------------------------------------------------------

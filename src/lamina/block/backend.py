@@ -313,6 +313,10 @@ class Backend:
         self._attachment.change(perm, shared)
         self._refresh()
 
+    def unshare(self, perm: Perm) -> None:
+        """Tolerate that in others no more. Raises Busy where somebody does it."""
+        self.change_permissions(self._attachment.perm, self._attachment.shared & ~perm)
+
     def reopen(
         self, *, writable: bool, writethrough: bool | None = None, perm: Perm | None = None
     ) -> None:

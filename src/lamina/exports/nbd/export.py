@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lamina.block.permissions import Perm
 from lamina.exports.nbd.contexts import AllocationContext, Context
 from lamina.hints import TYPE_CHECKING
 from lamina.units import SECTOR, round_down
@@ -33,7 +34,9 @@ class Export:
         contexts: Sequence[Context] = (),
     ) -> None:
         """``text`` describes it to people; ``multi_conn`` tells clients that they may connect
-        several times; ``contexts`` come after ``base:allocation``."""
+        several times; ``contexts`` come after ``base:allocation``. Raises Busy where somebody may
+        change the size of the disk."""
+        backend.unshare(Perm.RESIZE)  # clients are told the size once
         self.backend = backend
         self.read_only = read_only or backend.read_only
         block = _block_size(backend)
