@@ -76,17 +76,28 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         directory = tools(Path(scratch))
         for format, tests in wanted.items():
-            result = Path(scratch, "result.json")
-            command = [RUNNER / "run-iotests", "--tools", directory, "--iotests", SOURCE]
-            name, _, protocol = format.partition("/")
-            command += ["--format", name, "--proto", protocol or "file"]
-            command += ["--target", "--diff", "-j2", "--json", result, *tests]
-            subprocess.run(command, env=environment(), check=False)
-            counts = json.loads(result.read_text())
-            passed += counts["passed"]
-            failed += len(tests) - counts["passed"]
+            missing = failing(directory, format, tests, jobs=2)
+            if missing:
+                # Some of them allow a server a fifth of a second to start, whoever else is at work.
+                print("Once more, one at a time:")
+                missing = failing(directory, format, missing, jobs=1)
+            failed += len(missing)
+            passed += len(tests) - len(missing)
     print(f"QEMU's own tests: {passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
+
+
+def failing(directory: Path, format: str, tests: list[str], *, jobs: int) -> list[str]:
+    """Those of the tests that do not pass."""
+    result = directory / "result.json"
+    name, _, protocol = format.partition("/")
+    command = [RUNNER / "run-iotests", "--tools", directory, "--iotests", SOURCE]
+    command += ["--format", name, "--proto", protocol or "file"]
+    command += ["--target", "--diff", f"-j{jobs}", "--json", result, *tests]
+    subprocess.run(command, env=environment(), check=False)
+    results = json.loads(result.read_text())["results"]
+    passed = {each["test"] for each in results if each["status"] == "pass"}
+    return [test for test in tests if test not in passed]
 
 
 if __name__ == "__main__":
