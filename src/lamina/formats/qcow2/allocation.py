@@ -286,8 +286,9 @@ class Allocator:
                 structure="refcount table",
             )
         self.overlap.check(offset, self.cluster_size)
-        self.file.event("refblock_alloc_write")
         self._publish_block(index, offset)
+        # It has its room; what it counts is yet to be written.
+        self.file.event("refblock_alloc_write")
         self.refcounts.add(cluster, 1)
 
     def _publish_block(self, index: int, offset: int) -> None:
