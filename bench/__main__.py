@@ -50,7 +50,9 @@ def main() -> int:
                         target.unlink()
 
             times = min(repeats, 3) if row.slow else repeats
-            result = pair(row.ours, row.theirs, repeats=times, before=before)
+            result = pair(
+                row.ours, row.theirs, repeats=times, before=before, measure=row.measure
+            )
             verdict = "" if result.ratio >= row.goal else "  below its goal"
             missed += bool(verdict)
             print(

@@ -4,7 +4,7 @@ SERVER is ``lamina-nbd``, ``qemu-nbd`` or ``nbdkit`` (raw images only). Loads: `
 ``write-DEPTH`` are scattered requests of 4 KiB, ``sequential-read`` and ``sequential-write`` take
 256 KiB at a time, all of them sent by ``qemu-img bench``; ``lamina-img`` and ``nbdcopy`` copy the
 whole export to the file TARGET.
-Prints the seconds that the load took, and those of CPU that the server spent.
+Says on standard error how many seconds the load took, and how many KiB of memory the server.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(server: str, format: str, image: str, load: str, target: str = "") -> N
         finally:
             running.terminate()
             _, _, usage = os.wait4(running.pid, 0)
-    print(f"{seconds:.3f} s, server {usage.ru_utime + usage.ru_stime:.3f} s of CPU")
+    print(seconds, usage.ru_maxrss, file=sys.stderr)
 
 
 if __name__ == "__main__":

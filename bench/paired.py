@@ -44,10 +44,16 @@ class Pair:
         return self.theirs.seconds / self.ours.seconds
 
 
-def run(command: Command) -> Run:
-    """Raises RuntimeError if the command fails."""
-    launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
-    done = subprocess.run(launcher, stderr=subprocess.PIPE, text=True, check=False)
+def run(command: Command, *, measures: bool = False) -> Run:
+    """``measures``: the command says by itself what it took, as the launcher does.
+
+    Raises RuntimeError if the command fails.
+    """
+    if not measures:
+        command = [sys.executable, "-S", "-c", LAUNCHER, *command]
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
     seconds, peak = done.stderr.splitlines()[-1].split()
@@ -56,14 +62,20 @@ def run(command: Command) -> Run:
 
 
 def pair(
-    ours: Command, theirs: Command, *, repeats: int, before: Callable[[], None] = lambda: None
+    ours: Command,
+    theirs: Command,
+    *,
+    repeats: int,
+    before: Callable[[], None] = lambda: None,
+    measure: bool = False,
 ) -> Pair:
-    """``before`` is called before every run, outside of the measured time."""
+    """``before`` is called before every run, outside of the measured time. ``measure``: the commands
+    do that themselves."""
     results: tuple[list[Run], list[Run]] = ([], [])
     for number in range(repeats + 1):
         for side, command in zip(results, (ours, theirs), strict=True):
             before()
-            result = run(command)
+            result = run(command, measures=measure)
             if number:  # the first round warms the page cache
                 side.append(result)
     return Pair(*(_median(side) for side in results))

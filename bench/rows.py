@@ -24,6 +24,8 @@ class Row:
     """Written by both; removed before each run."""
     slow: bool = False
     """Takes so long that two repeats have to do."""
+    measure: bool = False
+    """The commands say what they took: it is not the whole of them that matters."""
 
 
 @dataclass
@@ -304,13 +306,14 @@ def _network(bench: Workbench, name: str, goal: float) -> Row:
         target = bench.directory / "target"
         server = [*runner, "qemu-nbd", "raw", str(bench.dense())]
         ours, theirs = ([*server, tool, str(target)] for tool in ("lamina-img", "nbdcopy"))
-        return Row(name, goal, ours, theirs, target)
+        return Row(name, goal, ours, theirs, target, measure=True)
     image, peer = bench.dense(), "nbdkit"
     if format == "qcow2":
         image = bench.converted("dense.qcow2", "-O", "qcow2", source=bench.dense())
         peer = "qemu-nbd"
     words = [format, str(image), "-".join(load)]
-    return Row(name, goal, [*runner, "lamina-nbd", *words], [*runner, peer, *words])
+    ours, theirs = ([*runner, server, *words] for server in ("lamina-nbd", peer))
+    return Row(name, goal, ours, theirs, measure=True)
 
 
 def _small(bench: Workbench, name: str, goal: float) -> Row:
