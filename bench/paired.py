@@ -69,8 +69,10 @@ def pair(
     before: Callable[[], None] = lambda: None,
     measure: bool = False,
 ) -> Pair:
-    """``before`` is called before every run, outside of the measured time. ``measure``: the commands
-    do that themselves."""
+    """``before`` is called before every run, outside of the measured time.
+
+    ``measure``: the commands do that themselves.
+    """
     results: tuple[list[Run], list[Run]] = ([], [])
     for number in range(repeats + 1):
         for side, command in zip(results, (ours, theirs), strict=True):
