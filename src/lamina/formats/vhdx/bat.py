@@ -63,14 +63,14 @@ class Bat:
         table, at = self.place(index)
         self.tables.update(table, at, _ENTRY.pack(entry))
 
+    def _hold(self, index: int) -> None:
+        table, at = self.place(index)
+        self.tables.get(table)
+        self.tables.hold(table, at, _ENTRY.size)
+
     def hold(self, block: int) -> None:
-        """See to it that the file has room for the entry of a block and for that of its bitmap."""
-        chunk = block >> self.ratio_bits
-        for index in (block + chunk, chunk * (self.ratio + 1) + self.ratio):
-            if index < self.count:
-                table, at = self.place(index)
-                self.tables.get(table)
-                self.tables.hold(table, at, _ENTRY.size)
+        """See to it that the file has room for the entry of a block."""
+        self._hold(block + (block >> self.ratio_bits))
 
     def get(self, block: int) -> int:
         return self._get(block + (block >> self.ratio_bits))
@@ -91,6 +91,10 @@ class Bat:
     def bitmap(self, chunk: int) -> int:
         """The entry of the bitmap block of a chunk; only differencing images need to have it."""
         return self._get(chunk * (self.ratio + 1) + self.ratio)
+
+    def hold_bitmap(self, chunk: int) -> None:
+        """See to it that the file has room for the entry of the bitmap block of a chunk."""
+        self._hold(chunk * (self.ratio + 1) + self.ratio)
 
     def set_bitmap(self, chunk: int, entry: int) -> None:
         self._set(chunk * (self.ratio + 1) + self.ratio, entry)

@@ -101,6 +101,7 @@ class VhdxReservation(Reservation):
         mapping = self._mapping
         chunk = block // mapping.bat.ratio
         if not mapping.bitmaps.host_offset(chunk):
+            mapping.bat.hold_bitmap(chunk)
             place = mapping.space.allocate(MIB)
             mapping.bitmaps.forget(place)
             mapping.bat.set_bitmap(chunk, place | BITMAP_PRESENT)
