@@ -26,6 +26,9 @@ _LONGEST_COMPACT = (1 << 32) - (1 << 16)
 """Bytes that a request without extended headers can speak of, in whole blocks of any size."""
 _LONGEST = 1 << 62
 _MOST_EXTENTS = 1 << 22
+_LONGEST_READ = 1 << 20
+"""Bytes that one request asks for. Servers make room for each, which is dear where it is large, and
+read one while another is on its way."""
 _MOST_ROUNDS = 1 << 14
 """Of one question about block status: what a server does not tell by then is taken for data."""
 
@@ -67,6 +70,7 @@ class NbdNode(Node):
             optimal_transfer=sizes.preferred,
         )
         self._longest = longest
+        self._longest_read = min(self._limits.max_transfer, _LONGEST_READ)
         self._aligner = Aligner(self) if sizes.minimum > 1 else None
 
     # -- what it is ------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ class NbdNode(Node):
         self._run(
             [
                 Request(nbd.CMD_READ, offset, len(buffer), buffer=buffer)
-                for offset, buffer in fragments(requests, self._limits.max_transfer)
+                for offset, buffer in fragments(requests, self._longest_read)
                 if len(buffer)
             ]
         )
