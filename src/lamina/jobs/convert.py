@@ -96,9 +96,9 @@ class Batch:
 
     def clear(self) -> None:
         self.runs: list[Run] = []
-        self.done = 0
-        """Bytes of data, in this and all batches before, up to the last end of a run or of 2 MiB
-        of one: what progress is measured in."""
+        self.done: list[int] = []
+        """Bytes of data, in this and all batches before, up to each end of a run or of 2 MiB of
+        one: what progress is measured in."""
         self.length = 0
         self.writes: list[tuple[int, memoryview]] = []
         self.zeroes: list[tuple[int, int]] = []
@@ -156,7 +156,7 @@ class Conversion:
             return pool.pop() if pool else Batch(self.batch_size)
 
         def done(batch: Batch) -> None:
-            self.report(batch.done)
+            self.report(*batch.done)
             batch.clear()
             pool.append(batch)
 
@@ -185,7 +185,7 @@ class Conversion:
         for full in self.batches(self.plan(), lambda: batch):
             self.read(full)
             self.write(full)
-            self.report(full.done)
+            self.report(*full.done)
             batch.clear()
 
     def _by_storage(self) -> None:
@@ -274,8 +274,9 @@ class Conversion:
                 length -= take
                 if not run.zero:
                     whole = round_down(offset - run.offset, _PLACE) if length else run.length
-                    done = before + whole
-                batch.done = done
+                    if before + whole > done:
+                        done = before + whole
+                        batch.done.append(done)
                 if length or batch.length == self.batch_size or len(batch.runs) == _MOST_RUNS:
                     yield batch
                     batch = None
@@ -412,6 +413,8 @@ class Conversion:
         where = "offset" if "status" in doing else "byte"
         return error.in_context(f"error while {doing} at {where} {place}: ")
 
-    def report(self, done: int) -> None:
+    def report(self, *done: int) -> None:
+        """So many bytes are done, one step after the other."""
         if self.total:
-            self.settings.progress(min(done / self.total, 1.0))
+            for step in done:
+                self.settings.progress(min(step / self.total, 1.0))
