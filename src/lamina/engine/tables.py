@@ -146,13 +146,13 @@ class TableCache:
         self.dirty(host_offset, start, len(data))
 
     def hold(self, host_offset: int, start: int, length: int) -> None:
-        """Before the first entry of a part of a cached table is set: have room for that part.
+        """Before the first entry of a part of a table is set: have room for that part.
 
         What is all zeroes may be a hole of the file. Written as it is, it is one no longer: a flush
         shall not be the first to see that there is no room, when everything that the table carries
         is acknowledged. Raises StorageError.
         """
-        table = self._tables[host_offset]
+        table = self.get(host_offset)
         changed = 0
         for masks in self._dirty.values():
             changed |= masks.get(host_offset, 0)

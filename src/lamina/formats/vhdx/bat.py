@@ -65,7 +65,6 @@ class Bat:
 
     def _hold(self, index: int) -> None:
         table, at = self.place(index)
-        self.tables.get(table)
         self.tables.hold(table, at, _ENTRY.size)
 
     def hold(self, block: int) -> None:

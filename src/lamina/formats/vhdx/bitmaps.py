@@ -58,7 +58,6 @@ class Bitmaps:
         """See to it that the file has room for these bits of the bitmap block at ``host``."""
         for offset, start, run in self._parts(host, first, count):
             head, tail = start // 8, -(-(start + run) // 8)
-            self.tables.get(offset)
             self.tables.hold(offset, head, tail - head)
 
     def fill(self, host: int, first: int, count: int, present: bool) -> None:

@@ -288,7 +288,6 @@ class SparseExtent(GrainExtent):
         where = ENTRY_SIZE * index, ENTRY_SIZE * count
         self.tables.hold(self.table_offset(number), *where)
         if copy := self.copy_offset(number):
-            self.copies.get(copy)
             self.copies.hold(copy, *where)
 
     def name_table(self, base: int, number: int, place: int) -> None:
