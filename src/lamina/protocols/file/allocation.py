@@ -47,15 +47,6 @@ def zero(fd: int, offset: int, length: int, file_length: int, *, may_unmap: bool
     return False
 
 
-def take(fd: int, offset: int, length: int) -> bool:
-    """Have space for a range, also behind the end of the file; False: there is none, or the file
-    system does not do this."""
-    try:
-        return _fallocate(fd, KEEP_SIZE, offset, length)
-    except OSError:
-        return False
-
-
 def _reach(fd: int, end: int, file_length: int) -> None:
     if end > file_length:
         os.ftruncate(fd, end)

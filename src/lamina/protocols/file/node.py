@@ -23,12 +23,14 @@ from lamina.protocols.file.transfer import continue_read, continue_write, preadv
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:
-    from lamina.protocols.file.ahead import GrowthAhead
+    from lamina.protocols.file.space import SpaceForWrites
 
 T = TypeVar("T")
 
 _LIMITS = Limits()
 _NO_FLAGS = WriteFlags.NONE
+_LONG = 256 << 10
+"""Bytes of a write from where on it pays to take the space for it first."""
 _ROWS = 1 << 16
 """Of one piece of columns."""
 _NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF})
@@ -55,8 +57,8 @@ class FileNode(Node):
         self._locks = FileLocks(fd, path) if locking else None
         self._length = self._find_length()
         self._growth = threading.Lock()
-        self._ahead: GrowthAhead | None = None
-        """Of a file that grows."""
+        self._space: SpaceForWrites | None = None
+        """Of a file that long writes go to."""
         self._cold = ColdReads()
         self._flushing = threading.Lock()
         self._unflushed = False
@@ -118,7 +120,7 @@ class FileNode(Node):
         else:
             end = max((offset + len(data) for offset, data in requests), default=0)
         if end > self._length:
-            self._grow(lambda: self._append(requests, end), ahead=True)
+            self._grow(lambda: self._write(requests))
         else:
             self._write(requests)
         self._holes.generation += 1
@@ -126,26 +128,19 @@ class FileNode(Node):
         if flags is not _NO_FLAGS and flags & WriteFlags.FUA:
             self.flush()
 
-    def _append(self, requests: Sequence[WriteRequest], end: int) -> None:
-        length = self._length
-        if end > length:
-            start = min(offset for offset, data in requests if offset + len(data) > length)
-            if self._ahead is None:
-                from lamina.protocols.file.ahead import GrowthAhead
-
-                self._ahead = GrowthAhead()
-            self._ahead.prepare(self._fd, length, start, end)
-        self._write(requests)
-
     def _write(self, requests: Sequence[WriteRequest]) -> None:
         try:
             if len(requests) == 1:
                 offset, data = requests[0]
+                if len(data) >= _LONG:
+                    self._take_space(offset, len(data))
                 done = pwritev(self._fd, (data,), offset)
                 if done != len(data):
                     continue_write(self._fd, (data,), offset, done)
             else:
                 for offset, buffers, length in runs(requests):
+                    if length >= _LONG:
+                        self._take_space(offset, length)
                     done = pwritev(self._fd, buffers, offset)
                     if done != length:
                         continue_write(self._fd, buffers, offset, done)
@@ -153,15 +148,20 @@ class FileNode(Node):
             self._changed()
             raise self._failure(error) from None
 
-    def _grow(self, action: Callable[[], T], *, ahead: bool = False) -> T:
-        """Do what may make the file longer; ``ahead``: it looks after space taken ahead itself.
+    def _take_space(self, offset: int, length: int) -> None:
+        if self._space is None:
+            from lamina.protocols.file.space import SpaceForWrites
+
+            self._space = SpaceForWrites(self._fd)
+        self._space.take(offset, length)
+
+    def _grow(self, action: Callable[[], T]) -> T:
+        """Do what may make the file longer.
 
         One at a time: a length that is set while somebody else writes behind it would cut off what
         they wrote. (The host writes behind the end of a file one at a time as well.)
         """
         with self._growth:
-            if self._ahead is not None and not ahead:
-                self._ahead.give_back(self._fd)
             try:
                 return action()
             finally:
@@ -330,7 +330,7 @@ class FileNode(Node):
         if read_only == self.read_only:
             return
         if read_only:
-            self._finish()
+            self.flush()
         self._exchange(read_only=read_only)
         self.refresh_permissions()
 
@@ -352,16 +352,10 @@ class FileNode(Node):
             os.close(replacement)
         self.read_only = read_only
 
-    def _finish(self) -> None:
-        """No more writes will come."""
-        if self._ahead is not None:
-            self._ahead.give_back(self._fd)
-        self.flush()
-
     def _close(self) -> None:
         try:
             if not self.read_only:
-                self._finish()
+                self.flush()
         finally:
             # No later call may find the file that gets this number next.
             fd, self._fd = self._fd, -1
