@@ -11,6 +11,8 @@ TIB = 1 << 40
 
 SECTOR = 512
 """Bytes. Only layouts and QEMU's texts count in sectors."""
+PAGE = 4096
+"""Bytes that host files have or have not: less need not be told apart in what reads as zeroes."""
 
 _SUFFIXES = "BKMGTPE"
 _HEXADECIMAL = "0123456789abcdefABCDEF"

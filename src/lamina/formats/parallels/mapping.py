@@ -30,7 +30,7 @@ from lamina.formats.parallels.layout import (
 from lamina.formats.parallels.survey import Survey, survey
 from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
-from lamina.units import SECTOR
+from lamina.units import PAGE, SECTOR
 
 if TYPE_CHECKING:
     from lamina.block.context import OpenContext
@@ -71,6 +71,8 @@ class ParallelsMapping(BlockMapping):
         if backing is not None:
             disk.attach("backing", backing)
             self.has_backing = True
+        # New clusters come from the end of the file, which reads as zeroes.
+        self.write_unit = 0 if self.has_backing else PAGE
         if not (disk.read_only or context.check):
             self.prepare_to_write()
 

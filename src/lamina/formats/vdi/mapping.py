@@ -20,13 +20,10 @@ from lamina.errors import ImageCorrupt
 from lamina.formats.vdi.layout import ALLOCATED_OFFSET, BLOCK, FREE, STATIC, ZERO, Header
 from lamina.hints import TYPE_CHECKING, Any
 from lamina.records import replace
+from lamina.units import PAGE
 
 if TYPE_CHECKING:
     from lamina.engine.disk import Disk
-
-
-PAGE = 4096
-"""Bytes that files have or have not: less need not be told apart in a block without a parent."""
 
 
 class VdiMapping(BlockMapping):

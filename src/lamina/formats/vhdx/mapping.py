@@ -32,7 +32,7 @@ from lamina.formats.vhdx.layout import (
 )
 from lamina.formats.vhdx.space import Space
 from lamina.hints import TYPE_CHECKING
-from lamina.units import MIB
+from lamina.units import MIB, PAGE
 
 if TYPE_CHECKING:
     from lamina.block.node import Node, ReadRequest, WriteRequest
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from lamina.formats.vhdx.opening import Image
 
 _ENTRY = struct.Struct("<Q")
-PAGE = 4096
 
 
 class VhdxMapping(Mapping):

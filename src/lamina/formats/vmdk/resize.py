@@ -26,7 +26,7 @@ from lamina.formats.vmdk.sparse import SparseExtent
 from lamina.formats.vmdk.stream import StreamExtent, spare_directory
 from lamina.hints import TYPE_CHECKING
 from lamina.records import replace
-from lamina.units import SECTOR, round_down, round_up
+from lamina.units import PAGE, SECTOR, round_down, round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import Node
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _NAMES = 1000
 """Names that are tried for a new file."""
-_PAGE = 4096
-"""Bytes that file systems free at once."""
 
 
 def resize(mapping: VmdkMapping, size: int, preallocation: Preallocation) -> None:
@@ -290,7 +288,7 @@ def _punch(extent: SparseExtent, places: list[tuple[int, int]]) -> None:
 def _discard_pages(node: Node, start: int, end: int, used: set[int]) -> None:
     """Let go of a range and, where no table that is ``used`` shares them, of the rest of the pages
     at its ends: file systems free whole ones."""
-    low, high = round_down(start, _PAGE), round_up(end, _PAGE)
+    low, high = round_down(start, PAGE), round_up(end, PAGE)
     start = low if used.isdisjoint(range(low, start, SECTOR)) else start
     end = high if used.isdisjoint(range(end, high, SECTOR)) else end
     if end > start:

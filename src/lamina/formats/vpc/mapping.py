@@ -27,7 +27,7 @@ from lamina.formats.vpc.bitmaps import Bitmaps
 from lamina.formats.vpc.footer import TrailingFooter
 from lamina.formats.vpc.layout import DIFFERENCING, FOOTER_SIZE, FREE, HEADER_SIZE, Footer, Header
 from lamina.hints import TYPE_CHECKING
-from lamina.units import SECTOR, round_up
+from lamina.units import PAGE, SECTOR, round_up
 
 if TYPE_CHECKING:
     from lamina.block.node import WriteRequest
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 FIXED_UNIT = 1 << 16
 """Guest bytes that writers of a fixed disk exclude each other from."""
-PAGE = 4096
-"""Bytes that files have or have not: less need not be told apart in a block without a parent."""
 
 
 class VpcMapping(Mapping):
