@@ -18,6 +18,8 @@ class Limits:
     """Zeroing whole units of this size is what the node does quickly."""
     write_unit: int = 0
     """Writes of whole units of this size have nothing copied around them; 0: as zeroes."""
+    in_order: bool = False
+    """Writes are to come in the order of their offsets: readers want to find them like that."""
     max_write_zeroes: int = 0
     discard_alignment: int = 1
     max_discard: int = 0

@@ -121,6 +121,7 @@ class Disk(Node):
             request_alignment=mapping.request_alignment,
             write_zeroes_alignment=mapping.unit,
             write_unit=mapping.write_unit,
+            in_order=mapping.encodes_always,
             discard_alignment=mapping.discard_unit or self.allocation_unit,
         )
 

@@ -3,8 +3,8 @@
 The extents of the sources say what there is to move. Runs of data are gathered into batches of two
 mebibytes, each with a buffer of its own that is used again and again (fresh pages of memory cost
 more than the copy into them). Threads read batches, decoding as they go, look for zeroes, and write
-them in the order of their addresses, so that the target comes out sequential, and one core reads
-while another writes (``jobs.overlap``).
+them, while others read (``jobs.overlap``): in the order of their addresses, so that the target
+comes out sequential, unless any order will do.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Settings:
     copy_range: bool = False
     """Let the storage copy by itself where it can."""
     workers: int = 8
+    any_order: bool = False
+    """Write what was read first, instead of having the target come out sequential."""
     rate: int = 0
     """Bytes a second; 0: as fast as can be."""
     salvage: bool = False
@@ -168,12 +170,14 @@ class Conversion:
             self.write(batch)
             done(batch)
 
-        # Encrypting is work for several cores: their order is given up for it.
-        encrypts = self.target.node.info().encrypted
+        in_order = self.settings.compressed or self.target.limits.in_order
+        # Encrypting is work for several cores: the order is given up for it.
+        any_order = self.settings.any_order or self.target.node.info().encrypted
+        both = any_order and not in_order
         overlapped(
             self.batches(self.counted(self.plan()), fresh),
-            move if encrypts else self.read,
-            done if encrypts else write,
+            move if both else self.read,
+            done if both else write,
             workers=self.settings.workers,
         )
 

@@ -3,17 +3,21 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from lamina.block.backend import Backend
 from lamina.block.extents import Kind
+from lamina.block.node import ReadRequest
 from lamina.block.permissions import Perm
 from lamina.errors import LaminaError
+from lamina.jobs import overlap
 from lamina.jobs.convert import Conversion, Settings, convert
 from lamina.jobs.rate import RateLimit
 from lamina.jobs.sources import Sources
 from lamina.jobs.zeroes import between, zero_runs
+from lamina.records import replace
 
 from .memory import MemoryDisk
 
@@ -59,6 +63,7 @@ def test_any_disk_onto_a_dirty_one(seed: int, unit: int) -> None:
     settings = Settings(
         sparse_size=chance.choice((0, 512, 4096, 128 * K)),
         workers=chance.choice((1, 8)),
+        any_order=chance.random() < 0.5,
         copy_range=chance.random() < 0.2,
         look_for_zeroes=chance.random() < 0.8,
         salvage=chance.random() < 0.2,
@@ -153,6 +158,30 @@ def test_compressed_writes_are_whole_units(seed: int) -> None:
         Settings(compressed=True, target_is_zero=zero),
     )
     assert target.content() == disks[0].content() + disks[1].content()
+
+
+class SlowStart(MemoryDisk):
+    """Its first bytes take a while once others have been read, so that threads are about."""
+
+    def readv(self, requests: Sequence[ReadRequest]) -> None:
+        time.sleep(0.3 if any(offset == 2048 * K for offset, _ in requests) else 0.005)
+        super().readv(requests)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("any_order", [True, False])
+def test_what_was_read_first_may_be_written_first(
+    any_order: bool, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "cores", lambda: 2)
+    source = SlowStart(16 << 20, unit=64 * K)
+    source.fill(0, b"s" * (16 << 20))
+    target = MemoryDisk(16 << 20, unit=64 * K)
+    limits = replace(target.limits, in_order=in_order)
+    monkeypatch.setattr(MemoryDisk, "limits", limits)
+    convert([backend(source)], backend(target), Settings(any_order=any_order))
+    assert target.content() == source.content()
+    assert (target.writes == sorted(target.writes)) == (in_order or not any_order)
 
 
 def test_errors_name_the_place_and_leave_no_threads() -> None:

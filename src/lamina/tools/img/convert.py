@@ -88,7 +88,7 @@ COMMAND = Command(
         ),
         Option("C", "copy-range-offloading", help="let the file system copy by itself"),
         Option("", "salvage", help="go on past what cannot be read; it becomes zeroes"),
-        Option("W", "oob-writes", help="accepted: nothing is gained by writing in another order"),
+        Option("W", "oob-writes", help="write in any order, which is quicker"),
         OBJECT,
     ),
     (
@@ -196,6 +196,7 @@ def _settings(given: Parsed, tool: Tool) -> Settings:
         look_for_zeroes=not copy_range,
         copy_range=copy_range,
         workers=given.value("parallel", 8),
+        any_order=given.flag("oob-writes"),
         rate=given.value("rate", 0),
         salvage=given.flag("salvage"),
         warn=lambda text: None if given.flag("quiet") else tool.warn(text),
