@@ -12,7 +12,6 @@ meanwhile, so such a write has its range for itself, while aligned ones only exc
 from __future__ import annotations
 
 import errno
-import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,8 +20,11 @@ from lamina.block.limits import Limits, WriteFlags
 from lamina.block.node import Node, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import Refused
-from lamina.hints import Any, Protocol
+from lamina.hints import TYPE_CHECKING, Any, Protocol
 from lamina.units import round_down, round_up
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 Range = tuple[int, int]
 """Start and end, in bytes."""
@@ -253,7 +255,7 @@ class _Claim:
         )
 
 
-_spare_buffers: list[mmap.mmap] = []
+_spare_buffers: list[mmap] = []
 _SPARE_SIZE = 1 << 20
 """Bytes. Larger buffers are made anew each time."""
 
@@ -261,13 +263,15 @@ _SPARE_SIZE = 1 << 20
 @contextmanager
 def aligned_buffer(length: int) -> Iterator[memoryview]:
     """``length`` bytes that start at a page: what O_DIRECT takes. Undefined content."""
+    from mmap import mmap
+
     if length > _SPARE_SIZE:
-        yield memoryview(mmap.mmap(-1, length))
+        yield memoryview(mmap(-1, length))
         return
     try:
         buffer = _spare_buffers.pop()
     except IndexError:
-        buffer = mmap.mmap(-1, _SPARE_SIZE)
+        buffer = mmap(-1, _SPARE_SIZE)
     try:
         yield memoryview(buffer)[:length]
     finally:

@@ -119,6 +119,8 @@ class Node(ABC):
         self.dirty_bitmaps: list[DirtyBitmap] = []
         """Told of every change; see ``block.tracking``."""
         self.users: list[Attachment] = []
+        self.may_lie_in_holes: bool | None = None
+        """What ``block.status`` found out about the data of an image: finding out is not free."""
         self.closed = False
 
     # -- what it is ------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ the file underneath is known to read as zeroes, though it has its place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 from lamina.block.extents import Columns, Extent, Kind
 from lamina.errors import LaminaError
@@ -115,10 +114,6 @@ def _descend(
             found.append(Status(rest, depth, known))
 
 
-_answers: WeakKeyDictionary[Node, bool] = WeakKeyDictionary()
-"""What ``_may_lie_in_holes`` found out: finding out is not free."""
-
-
 def _may_lie_in_holes(layer: Node) -> bool:
     """Whether the file of an image has so many holes that its data may lie in some.
 
@@ -127,14 +122,14 @@ def _may_lie_in_holes(layer: Node) -> bool:
     format knows nothing of zeroes itself.
     """
     node = layer.unfiltered
-    if node not in _answers:
+    if node.may_lie_in_holes is None:
         try:
-            _answers[node] = node.fixed or (
+            node.may_lie_in_holes = node.fixed or (
                 node.is_format and "file" in node.children and _is_sparse(node)
             )
         except LaminaError:
             return False
-    return _answers[node]
+    return node.may_lie_in_holes
 
 
 def _is_sparse(node: Node) -> bool:

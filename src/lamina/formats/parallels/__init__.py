@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lamina.engine.disk import Disk
     from lamina.engine.mapping import Mapping
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 class ParallelsDriver(Driver):
     name = "parallels"
@@ -60,10 +62,11 @@ class ParallelsDriver(Driver):
 
 def _load(disk: Disk, options: ParallelsOptions, context: OpenContext) -> Mapping:
     """An expandable image or, if the file is a disk descriptor, all that it names."""
-    from lamina.formats.parallels.descriptor import looks_like_descriptor
+    from lamina.formats.parallels.layout import DESCRIPTOR_ROOT
 
+    root = DESCRIPTOR_ROOT.encode()
     head = disk.file.read(0, min(disk.file.size, 512))
-    if looks_like_descriptor(head):
+    if head.lstrip(_BYTE_ORDER_MARK).startswith(b"<") and b"<" + root in head:
         from lamina.formats.parallels.bundle import BundleMapping
 
         return BundleMapping(disk, context)

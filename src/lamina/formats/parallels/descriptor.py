@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 
 from lamina.errors import ImageCorrupt, ImageUnsupported
-from lamina.formats.parallels.layout import MAX_SECTORS
+from lamina.formats.parallels.layout import DESCRIPTOR_ROOT, MAX_SECTORS
 from lamina.hints import TYPE_CHECKING, NoReturn
 from lamina.records import dataclass
 
 if TYPE_CHECKING:
     from lamina.block.xmltext import Element
 
-ROOT = "Parallels_disk_image"
 MAX_SIZE = 4 << 20
 """Bytes of a descriptor: usual are a few thousand."""
 MAX_IMAGES = 256
@@ -61,18 +60,13 @@ class Descriptor:
         return found
 
 
-def looks_like_descriptor(head: bytes) -> bool:
-    """Whether these first bytes of a file are those of a descriptor."""
-    return head.lstrip(b"\xef\xbb\xbf").startswith(b"<") and b"<" + ROOT.encode() in head
-
-
 def parse_descriptor(data: bytes) -> Descriptor:
     """Raises ImageCorrupt or ImageUnsupported."""
     from lamina.block.xmltext import parse_xml
 
     root = parse_xml(data)
-    if root.name != ROOT:
-        _bad(f"The root element is not {ROOT}", "root element")
+    if root.name != DESCRIPTOR_ROOT:
+        _bad(f"The root element is not {DESCRIPTOR_ROOT}", "root element")
     disk = root.find("Disk_Parameters")
     if disk is None:
         _bad("Disk_Parameters are missing", "Disk_Parameters")

@@ -15,6 +15,8 @@ from lamina.units import SECTOR, round_up
 
 MAGIC_SECTORS = b"WithoutFreeSpace"
 MAGIC_CLUSTERS = b"WithouFreSpacExt"
+DESCRIPTOR_ROOT = "Parallels_disk_image"
+"""The root element of the other kind of file there is, a bundle's ``DiskDescriptor.xml``."""
 _HEADER = struct.Struct("<16sIIIIIQIIIQ")
 SIZE = _HEADER.size
 """64 bytes."""

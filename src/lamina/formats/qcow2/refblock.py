@@ -6,11 +6,12 @@ are packed into bytes, the first entry in the lowest bits.
 
 from __future__ import annotations
 
-import re
 from array import array
 
 MAX_COUNT = (1 << 63) - 1
 """What QEMU takes as the highest 64-bit count."""
+_PIECE = 4096
+"""Bytes that are searched at a time."""
 
 
 class Width:
@@ -21,13 +22,10 @@ class Width:
         self.maximum = min((1 << self.bits) - 1, MAX_COUNT)
         self.bytes = self.bits // 8
         """Per entry; 0 for packed ones."""
-        self._used = re.compile(rb"[^\0]")
         if self.bits < 8:
             self._per_byte = 8 // self.bits
             self._mask = (1 << self.bits) - 1
-            full = [byte for byte in range(256) if not self._has_zero(byte)]
-            # A byte with room: any that is not full.
-            self._room = re.compile(b"[^" + b"".join(rb"\x%02x" % byte for byte in full) + b"]")
+            self._full = bytes(byte for byte in range(256) if not self._has_zero(byte))
 
     def _has_zero(self, byte: int) -> bool:
         return any(not byte >> shift & self._mask for shift in range(0, 8, self.bits))
@@ -115,10 +113,8 @@ class Width:
                 return start
             start += 1
             if start % self._per_byte == 0:
-                found = self._room.search(block, start // self._per_byte)
-                if found is None:
-                    return total
-                start = found.start() * self._per_byte
+                start = _first_other(block, start // self._per_byte, len(block), self._full)
+                start *= self._per_byte
         return total
 
     def next_used(self, block: bytearray, start: int, end: int) -> int:
@@ -126,17 +122,14 @@ class Width:
         end = min(end, self.entries(len(block)))
         size = self.bytes
         if size:
-            found = self._used.search(block, start * size, end * size)
-            return end if found is None else found.start() // size
+            return _first_other(block, start * size, end * size, b"\0") // size
         while start < end:
             if self.get(block, start):
                 return start
             start += 1
             if start % self._per_byte == 0:
-                found = self._used.search(block, start // self._per_byte)
-                if found is None:
-                    return end
-                start = found.start() * self._per_byte
+                start = _first_other(block, start // self._per_byte, len(block), b"\0")
+                start *= self._per_byte
         return end
 
     def count_used(self, block: bytearray) -> int:
@@ -159,3 +152,14 @@ class Width:
             return (used - 1) // self.bytes
         top = block[used - 1].bit_length() - 1
         return (used - 1) * self._per_byte + top // self.bits
+
+
+def _first_other(block: bytearray, start: int, end: int, known: bytes) -> int:
+    """Where the first byte from ``start`` on is that is none of ``known``; ``end`` if all are."""
+    while start < end:
+        piece = block[start : min(start + _PIECE, end)]
+        rest = len(piece.lstrip(known))
+        start += len(piece) - rest
+        if rest:
+            return start
+    return end

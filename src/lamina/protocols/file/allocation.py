@@ -21,35 +21,46 @@ ZERO_RANGE = 0x10
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 _LONGEST = (1 << 63) - 1
 """Bytes: what the host can express."""
+_SHORT = 1 << 20
+"""Bytes that may be written one block after the other, as posix_fallocate(3) does where the file
+system has no other way. Other ways to allocate need ctypes, which takes long to import."""
 _FULL_BLOCK = 64 << 10
 """Bytes that preallocation=full writes at a time."""
 
 
-def zero(fd: int, offset: int, length: int, file_length: int, *, may_unmap: bool) -> bool:
+def zero(fd: int, offset: int, length: int, *, may_unmap: bool) -> bool:
     """Make the range read as zeroes without writing them; False: this file system cannot.
 
     Grows the file where the range goes beyond its end. Without ``may_unmap`` the space stays
     (or becomes) allocated. Raises OSError.
     """
+    file_length = os.fstat(fd).st_size
+    if offset >= file_length:
+        # Behind the end there is nothing to zero, only to be there.
+        return _extend(fd, offset, length, allocated=not may_unmap)
     if may_unmap and punch(fd, offset, length):
-        _reach(fd, offset + length, file_length)
+        if offset + length > file_length:
+            os.ftruncate(fd, offset + length)
         return True
     if _fallocate(fd, ZERO_RANGE, offset, length):
         return True
-    if not may_unmap and punch(fd, offset, length):
-        return _fallocate(fd, 0, offset, length)
-    if offset >= file_length:
-        # Behind the end there is nothing to zero, only to be there.
-        if may_unmap:
-            _reach(fd, offset + length, file_length)
-            return True
-        return _fallocate(fd, 0, offset, length)
-    return False
+    return not may_unmap and punch(fd, offset, length) and _fallocate(fd, 0, offset, length)
 
 
-def _reach(fd: int, end: int, file_length: int) -> None:
-    if end > file_length:
-        os.ftruncate(fd, end)
+def _extend(fd: int, offset: int, length: int, *, allocated: bool) -> bool:
+    check_range(offset, length)
+    if not allocated:
+        os.ftruncate(fd, offset + length)
+        return True
+    if length > _SHORT or not hasattr(os, "posix_fallocate"):
+        return _fallocate(fd, 0, offset, length)
+    try:
+        os.posix_fallocate(fd, offset, length)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def punch(fd: int, offset: int, length: int) -> bool:

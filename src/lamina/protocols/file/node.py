@@ -201,7 +201,7 @@ class FileNode(Node):
         """Zero without writing; False: the host cannot. Raises OSError."""
         from lamina.protocols.file import allocation
 
-        return allocation.zero(self._fd, offset, length, self._length, may_unmap=may_unmap)
+        return allocation.zero(self._fd, offset, length, may_unmap=may_unmap)
 
     def _discard(self, offset: int, length: int) -> None:
         try:
