@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         dataclass_transform,
     )
 else:
-    from collections import namedtuple
 
     class _Hint:
         """Means nothing, whatever it is told."""
@@ -60,22 +59,7 @@ else:
     def dataclass_transform(**_what):
         return lambda decorator: decorator
 
-    class _NamedTupleType(type):
-        """Makes of ``class X(NamedTuple)`` what ``collections.namedtuple`` makes of its fields."""
-
-        def __new__(cls, name, bases, namespace):
-            if not bases:
-                return super().__new__(cls, name, bases, namespace)
-            fields = namespace.pop("__annotations__", {})
-            defaults = [namespace.pop(field) for field in fields if field in namespace]
-            module = namespace.pop("__module__")
-            made = namedtuple(name, fields, defaults=defaults, module=module)
-            for key, value in namespace.items():
-                if key != "__classcell__":
-                    setattr(made, key, value)
-            return made
-
-    class NamedTuple(metaclass=_NamedTupleType): ...
+    from lamina.tuples import NamedTuple
 
 
 __all__ = [

@@ -15,18 +15,17 @@ from lamina.block.creation import create_image
 from lamina.block.session import Session
 
 ALLOWED = """
-buffers errors hints records units tools tools.arguments tools.opening tools.output tools.tool
-tools.img tools.img.command tools.img.info block block.alignment block.backend block.cache_modes
-block.driver block.extents block.filenames block.info block.keyvalue block.limits block.node
-block.opening block.options block.permissions block.policy block.probing block.registry
+buffers errors hints records tuples units tools tools.arguments tools.opening tools.output
+tools.tool tools.img tools.img.command tools.img.info block block.alignment block.backend
+block.cache_modes block.driver block.extents block.filenames block.info block.keyvalue block.limits
+block.node block.opening block.options block.permissions block.policy block.probing block.registry
 block.secrets block.session protocols protocols.file protocols.file.cold protocols.file.holes
-protocols.file.locks
-protocols.file.node protocols.file.opening protocols.file.transfer engine engine.batches
-engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata engine.reader
-engine.workers
-engine.writer formats formats.qcow2 formats.qcow2.about formats.qcow2.layout formats.qcow2.opening
-formats.qcow2.options formats.qcow2.overlap formats.qcow2.settings
-block.generic_options block.opening_context formats.qcow2.extensions formats.qcow2.fields
+protocols.file.locks protocols.file.node protocols.file.opening protocols.file.transfer engine
+engine.batches engine.cache engine.copies engine.disk engine.locks engine.mapping engine.metadata
+engine.reader engine.workers engine.writer formats formats.qcow2 formats.qcow2.about
+formats.qcow2.layout formats.qcow2.opening formats.qcow2.options formats.qcow2.overlap
+formats.qcow2.settings block.generic_options block.opening_context formats.qcow2.extensions
+formats.qcow2.fields
 """
 """Of our own modules, those that ``info`` of a qcow2 image may import."""
 

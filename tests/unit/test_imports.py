@@ -13,7 +13,7 @@ SOURCE = Path(lamina.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "hints", "units", "records", "buffers"},
+    {"errors", "hints", "units", "records", "tuples", "buffers"},
     {"codecs", "ciphers", "wire"},
     {"block"},
     {"engine"},
