@@ -136,6 +136,10 @@ class Conversion:
             unit = 1
         self.unit = unit
         self.batch_size = max(_COMPRESSED_BATCH if settings.compressed else _BATCH, unit)
+        seam = max(target.limits.write_zeroes_alignment, unit)
+        self.seam = seam if seam <= self.batch_size else unit
+        """Long runs are cut at multiples of this: who writes to a unit that somebody else is just
+        writing to waits for them."""
         # Zeroes are looked for in pieces that the target can do without.
         self.granule = unit
         self.shortest = 0
@@ -269,7 +273,11 @@ class Conversion:
                     batch = fresh()
                 take = length
                 if not run.zero:
-                    take = min(length, self.room(batch, offset))
+                    take = self.room(batch, offset, length)
+                    if not take:
+                        yield batch
+                        batch = None
+                        continue
                 place = run.offset + round_down(offset - run.offset, _PLACE)
                 batch.runs.append(Run(offset, take, run.zero, place=place))
                 if not run.zero:
@@ -297,11 +305,14 @@ class Conversion:
         yield from first
         yield from plan
 
-    def room(self, batch: Batch, offset: int) -> int:
-        """Bytes from ``offset`` on that the batch can take."""
+    def room(self, batch: Batch, offset: int, length: int) -> int:
+        """Of ``length`` bytes from ``offset`` on, how many go into the batch; 0: better none."""
         room = self.batch_size - batch.length
-        aligned = round_down(offset + room, self.unit) - offset
-        return aligned if aligned > 0 else room
+        if length <= room:
+            return length
+        boundaries = (self.seam,) if batch.length else (self.seam, self.unit, 1)
+        ends = (round_down(offset + room, boundary) for boundary in boundaries)
+        return next((end - offset for end in ends if end > offset), 0)
 
     def whole_units(self, plan: Iterable[Run]) -> Iterator[Run]:
         """The units that hold any data, whole, and what zeroes there are besides.
