@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(NAMES))
     parser.add_argument("--quick", action="store_true", help="small images, three repeats")
-    parser.add_argument("--size", type=parse_size, help="of guest data in conversions (1G)")
+    parser.add_argument("--size", type=parse_size, help="of disks that are converted (4G)")
     parser.add_argument("--tables", type=parse_size, help="of disks whose tables are walked (1T)")
     parser.add_argument("--repeats", type=int, help="runs of each side (7)")
     parser.add_argument("--dir", type=Path, help="where images go (a temporary directory)")
@@ -33,7 +33,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=given.dir) as directory:
         bench = Workbench(
             Path(directory),
-            given.size or (256 << 20 if given.quick else 1 << 30),
+            given.size or (256 << 20 if given.quick else 1 << 32),
             given.tables or (1 << 36 if given.quick else 1 << 40),
         )
         titles = ("row", "ratio", "goal", "ours", "peer", "MiB", "peer")
@@ -53,6 +53,7 @@ def main() -> int:
             result = pair(
                 row.ours, row.theirs, repeats=times, before=before, measure=row.measure
             )
+            bench.remove(row.own_image)
             verdict = "" if result.ratio >= row.goal else "  below its goal"
             missed += bool(verdict)
             print(

@@ -22,6 +22,8 @@ class Row:
     theirs: list[str]
     target: Path | None = None
     """Written by both; removed before each run."""
+    own_image: str = ""
+    """Made for this row alone: removed after it."""
     slow: bool = False
     """Takes so long that two repeats have to do."""
     measure: bool = False
@@ -34,7 +36,7 @@ class Workbench:
 
     directory: Path
     size: int
-    """Bytes of guest data in conversions."""
+    """Bytes of the disks that are converted."""
     table_size: int
     """Bytes of the disks whose tables are walked."""
     made: dict[str, Path] = field(default_factory=dict)
@@ -68,13 +70,18 @@ class Workbench:
 
         return self.image("data.raw", maker)
 
+    def remove(self, name: str) -> None:
+        """Make room."""
+        if name in self.made:
+            self.made.pop(name).unlink()
+
     def dense(self) -> Path:
-        """A raw file without a hole."""
+        """A raw file without a hole, of a gibibyte at most."""
 
         def maker(path: Path) -> None:
             block = random.Random(2).randbytes(MIB)
             with open(path, "wb") as file:
-                for number in range(self.size // MIB):
+                for number in range(min(self.size // MIB, 1024)):
                     file.write(number.to_bytes(8, "big") + block[8:])
 
         return self.image("dense.raw", maker)
@@ -151,7 +158,7 @@ CONVERSIONS = [
     ("raw-vpc", 1.0),
     ("vpc-raw", 1.0),
 ]
-OTHER_FORMATS = {"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"}
+OTHER_FORMATS = ("parallels", "qed", "vdi", "vhdx", "vmdk", "vpc")
 """Converted from and to raw, without further options."""
 TABLES = [
     ("check-full", 3.0),
@@ -206,7 +213,7 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
         return _other_format(bench, name, goal)
     if name == "dmg-raw":
         words = ["convert", "-W", "-m", "16", "-O", "raw", str(bench.dmg()), str(target)]
-        return Row(name, goal, [OURS, *words], [THEIRS, *words], target)
+        return Row(name, goal, [OURS, *words], [THEIRS, *words], target, "data.dmg")
     stream = ["-O", "vmdk", "-o", "subformat=streamOptimized"]
     source, options = {
         "raw-raw": (lambda: ["-f", "raw", str(bench.raw())], ["-O", "raw"]),
@@ -229,12 +236,11 @@ def _conversion(bench: Workbench, name: str, goal: float) -> Row:
 
 def _other_format(bench: Workbench, name: str, goal: float) -> Row:
     source, target = name.split("-")
-    image = bench.raw()
-    if source != "raw":
-        image = bench.converted(f"data.{source}", "-O", source)
+    own = "" if source == "raw" else f"data.{source}"
+    image = bench.converted(own, "-O", source) if own else bench.raw()
     path = bench.directory / "target"
     words = ["convert", "-W", "-m", "16", "-f", source, "-O", target, str(image), str(path)]
-    return Row(name, goal, [OURS, *words], [THEIRS, *words], path)
+    return Row(name, goal, [OURS, *words], [THEIRS, *words], path, own)
 
 
 def _tables(bench: Workbench, name: str, goal: float) -> Row:
@@ -266,7 +272,7 @@ def _encrypted(bench: Workbench, name: str, goal: float) -> Row:
         options = f"{prefix}key-secret=key,{prefix}iter-time=10"
         options += ",encrypt.format=luks" if prefix else ""
         create = [THEIRS, "create", "-q", *secret, "-f", driver, "-o", options]
-        subprocess.run([*create, str(path), str(bench.size)], check=True)
+        subprocess.run([*create, str(path), str(bench.dense().stat().st_size)], check=True)
         fill = [THEIRS, "convert", *secret, "-n", "-f", "raw", "--target-image-opts"]
         subprocess.run([*fill, str(bench.dense()), described(path)], check=True)
 
