@@ -29,8 +29,8 @@ class _Tuple(tuple[Any, ...]):
 
     def __new__(cls, *values: Any, **named: Any) -> Any:
         """The first one of its class."""
-        names = ", ".join(cls._fields)
-        make = eval(f"lambda _class, {names}: _new(_class, ({names},))", {"_new": tuple.__new__})
+        names = "".join(f"{name}, " for name in cls._fields)
+        make = eval(f"lambda _class, {names}: _new(_class, ({names}))", {"_new": tuple.__new__})
         make.__defaults__ = cls._defaults
         cls.__new__ = staticmethod(make)  # type: ignore[method-assign]
         return make(cls, *values, **named)

@@ -25,6 +25,10 @@ class Place(NamedTuple):
         return self.host + self.length
 
 
+class Nothing(NamedTuple):
+    pass
+
+
 class Standard(StandardTuple):
     host: int
     length: int = 4
@@ -72,3 +76,8 @@ def test_patterns_and_descriptions() -> None:
             assert (host, length) == (1, 2)
     assert Place.__doc__ == "Where."
     assert not hasattr(Place(1), "__dict__")
+
+
+def test_without_fields() -> None:
+    assert Nothing() == ()
+    assert repr(Nothing()) == "Nothing()"

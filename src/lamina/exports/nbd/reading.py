@@ -54,7 +54,7 @@ class Readings:
         parts: list[tuple[int, memoryview]] = []
         at = 0
         for request in requests:
-            _, _, cookie, offset, length, *_ = request
+            cookie, offset, length = request[2:5]
             if (
                 length >= _LONG
                 or at + header + length > _CAPACITY

@@ -52,6 +52,6 @@ class ColdReads:
         """After a batch has been read."""
         if start == _NOT_JUDGED:
             return
-        seconds = time.perf_counter() - start
-        if seconds > len(runs) * _SLOW + sum(run[2] for run in runs) * _PER_BYTE:
+        seconds = time.perf_counter() - start - len(runs) * _SLOW
+        if seconds > 0 and seconds > sum(run[2] for run in runs) * _PER_BYTE:
             self._announced_batches = _BATCHES

@@ -87,6 +87,8 @@ class RequestReader:
         found: list[Request] = []
         buffer, header = self._buffer, self._header
         size = header.size
+        if self._large_request is None and self._skipped is None:
+            self._take_usual(found)
         while True:
             if self._large_request is not None:
                 if len(self._missing):
@@ -137,6 +139,25 @@ class RequestReader:
                 return found
             else:
                 self._begin_large(request)
+
+    def _take_usual(self, found: list[Request]) -> None:
+        """Reads, and writes whose payload is all there: nearly every request is one of these."""
+        buffer, unpack, size = self._buffer, self._header.unpack_from, self._header.size
+        start, end = self._start, self._end
+        while end - start >= size:
+            magic, flags, command, cookie, offset, length = unpack(buffer, start)
+            if magic != self._magic:
+                break
+            if command == nbd.CMD_READ and not flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+                start += size
+                found.append(Request(command, flags, cookie, offset, length))
+            elif command == nbd.CMD_WRITE and 0 < length <= end - start - size:
+                payload = buffer[start + size : start + size + length]
+                start += size + length
+                found.append(Request(command, flags, cookie, offset, length, payload))
+            else:
+                break
+        self._start = start
 
     def _skip_some(self, found: list[Request]) -> bool:
         """Throw away what there is of a payload that nobody wants; whether that was all."""
