@@ -20,7 +20,8 @@ T = TypeVar("T")
 _TRIAL = 0.003
 """Seconds of work before threads are started: less is not worth it."""
 _SAMPLE = 16
-"""Items that tell whether preparing is mostly waiting."""
+"""So many items at first, and one of as many afterwards, tell whether preparing is mostly waiting.
+The time that a thread has worked takes long to ask for."""
 
 
 def overlapped(
@@ -61,7 +62,10 @@ class _Overlap:
         """Held until the item that was taken last is finished."""
         self.threads: list[threading.Thread] = []
         self.error: BaseException | None = None
-        self.prepared = self.waited = 0
+        self.cores = min(workers, cores())
+        self.taken = 0
+        """Items."""
+        self.sampled = self.waited = 0
         """Items; ``waited``: those of them that took more waiting than work."""
 
     def run(self) -> None:
@@ -78,8 +82,8 @@ class _Overlap:
 
     def add_threads(self) -> None:
         # Nearly all items do: some always wait, for a core or for the interpreter.
-        waits = self.prepared >= _SAMPLE and 10 * self.waited > 9 * self.prepared
-        wanted = self.workers if waits else min(self.workers, cores())
+        waits = self.sampled >= _SAMPLE and 10 * self.waited > 9 * self.sampled
+        wanted = self.workers if waits else self.cores
         while len(self.threads) < wanted - 1:
             thread = threading.Thread(target=self.work, daemon=True)
             thread.start()
@@ -110,18 +114,15 @@ class _Overlap:
                 after.release()
                 return False
             self.turn = after
-        start, start_of_thread = perf_counter(), thread_time()
+            self.taken += 1
+            sampled = self.taken <= _SAMPLE or self.taken % _SAMPLE == 0
         try:
             if error is None:
-                with working_alone():
-                    self.prepare(item)
+                self.prepare_alone(item, sampled)
         except BaseException as failure:
             error = failure
-        waited = perf_counter() - start > 2 * (thread_time() - start_of_thread)
         try:
             with before:
-                self.prepared += 1
-                self.waited += waited
                 if self.error is None:
                     if error is not None:
                         raise error
@@ -131,3 +132,13 @@ class _Overlap:
         finally:
             after.release()
         return self.error is None
+
+    def prepare_alone(self, item: Any, sampled: bool) -> None:
+        start, start_of_thread = (perf_counter(), thread_time()) if sampled else (0.0, 0.0)
+        with working_alone():
+            self.prepare(item)
+        if sampled:
+            waited = perf_counter() - start > 2 * (thread_time() - start_of_thread)
+            with self.taking:
+                self.sampled += 1
+                self.waited += waited
