@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lamina.protocols.file import node as file_node
 from lamina.protocols.file import space
+from lamina.protocols.file.transfer import pieces
 from tests.unit.file.conftest import Opener
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fallocate")
@@ -88,3 +92,29 @@ def test_the_type_of_a_file_system(path: Path) -> None:
     assert space._file_system(os.stat(path).st_dev) == told
     assert space._file_system(os.makedev(4095, 1)) == ""
     assert not space._helps(os.open(os.devnull, os.O_RDWR))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.binary(max_size=40)), st.integers(1, 50))
+def test_pieces_are_the_same_bytes(buffers: list[bytes], longest: int) -> None:
+    found = [b"".join(piece) for piece in pieces(buffers, longest)]
+    assert b"".join(found) == b"".join(buffers)
+    assert all(len(piece) == longest for piece in found[:-1])
+    assert all(0 < len(piece) <= longest for piece in found[-1:])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_long_writes_to_space_that_is_there(
+    path: Path, open_file: Opener, taken: list[tuple[int, int]], count: int
+) -> None:
+    size = 5 * file_node._PIECE + 4096
+    data = random.Random(count).randbytes(size)
+    with open(path, "wb") as file:
+        file.write(b"x" * (size + 8192))
+        file.flush()
+        os.fsync(file.fileno())
+    node = open_file(path)
+    view, step = memoryview(data), -(-size // count)
+    node.writev([(4096 + at, view[at : at + step]) for at in range(0, size, step)])
+    assert taken == []
+    assert node.read(0, size + 8192) == b"x" * 4096 + data + b"x" * 4096

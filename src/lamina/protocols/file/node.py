@@ -15,11 +15,18 @@ from lamina.block.limits import Limits, Preallocation, WriteFlags
 from lamina.block.node import Node, NodeOptions, ReadRequest, WriteRequest
 from lamina.block.permissions import Perm
 from lamina.errors import ImageUnsupported, StorageError
-from lamina.hints import TYPE_CHECKING, ClassVar, TypeVar
+from lamina.hints import TYPE_CHECKING, Any, ClassVar, TypeVar
 from lamina.protocols.file.cold import ColdReads
 from lamina.protocols.file.holes import HoleMap
 from lamina.protocols.file.locks import FileLocks
-from lamina.protocols.file.transfer import continue_read, continue_write, preadv, pwritev, runs
+from lamina.protocols.file.transfer import (
+    continue_read,
+    continue_write,
+    pieces,
+    preadv,
+    pwritev,
+    runs,
+)
 from lamina.units import SECTOR
 
 if TYPE_CHECKING:
@@ -31,6 +38,9 @@ _LIMITS = Limits()
 _NO_FLAGS = WriteFlags.NONE
 _LONG = 256 << 10
 """Bytes of a write from where on it pays to take the space for it first."""
+_PIECE = 512 << 10
+"""Bytes of a write to where a file has its space already. More at a time makes ext4 look for larger
+pieces of memory for its cache, which takes now and then as long as writing twice."""
 _ROWS = 1 << 16
 """Of one piece of columns."""
 _NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF})
@@ -133,14 +143,16 @@ class FileNode(Node):
             if len(requests) == 1:
                 offset, data = requests[0]
                 if len(data) >= _LONG:
-                    self._take_space(offset, len(data))
+                    self._write_long(offset, (data,), len(data))
+                    return
                 done = pwritev(self._fd, (data,), offset)
                 if done != len(data):
                     continue_write(self._fd, (data,), offset, done)
             else:
                 for offset, buffers, length in runs(requests):
                     if length >= _LONG:
-                        self._take_space(offset, length)
+                        self._write_long(offset, buffers, length)
+                        continue
                     done = pwritev(self._fd, buffers, offset)
                     if done != length:
                         continue_write(self._fd, buffers, offset, done)
@@ -148,12 +160,19 @@ class FileNode(Node):
             self._changed()
             raise self._failure(error) from None
 
-    def _take_space(self, offset: int, length: int) -> None:
+    def _write_long(self, offset: int, buffers: Sequence[Any], length: int) -> None:
+        """Raises OSError or OverflowError."""
         if self._space is None:
             from lamina.protocols.file.space import SpaceForWrites
 
             self._space = SpaceForWrites(self._fd)
-        self._space.take(offset, length)
+        longest = length if self._space.take(offset, length) else _PIECE
+        for piece in pieces(buffers, longest):
+            done = pwritev(self._fd, piece, offset)
+            size = sum(map(len, piece))
+            if done != size:
+                continue_write(self._fd, piece, offset, done)
+            offset += size
 
     def _grow(self, action: Callable[[], T]) -> T:
         """Do what may make the file longer.

@@ -25,16 +25,18 @@ class SpaceForWrites:
         self._helps: bool | None = None
         """None: nobody has asked yet."""
 
-    def take(self, offset: int, length: int) -> None:
+    def take(self, offset: int, length: int) -> bool:
         """Before this range is written, which may be behind the end of the file. Never fails: where
-        there is no space, the write will say so."""
+        there is no space, the write will say so. False: the file has all its space already."""
         if self._helps is None:
             self._helps = _helps(self._fd)
         if self._helps:
             state = os.fstat(self._fd)
-            if state.st_blocks * 512 < max(state.st_size, offset + length):
-                with suppress(OSError, OverflowError):
-                    os.posix_fallocate(self._fd, offset, length)
+            if state.st_blocks * 512 >= max(state.st_size, offset + length):
+                return False
+            with suppress(OSError, OverflowError):
+                os.posix_fallocate(self._fd, offset, length)
+        return True
 
 
 def _helps(fd: int) -> bool:

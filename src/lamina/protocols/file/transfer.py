@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lamina.hints import TYPE_CHECKING, Any
 
@@ -52,6 +52,24 @@ def rest(buffers: Sequence[Any], done: int) -> list[memoryview]:
             remaining.append(memoryview(buffer)[done:])
         done = max(done - len(buffer), 0)
     return remaining
+
+
+def pieces(buffers: Sequence[Any], longest: int) -> Iterator[list[Any]]:
+    """The same bytes, at most ``longest`` of them together."""
+    piece: list[Any] = []
+    room = longest
+    for buffer in buffers:
+        at = 0
+        while at < len(buffer):
+            part = memoryview(buffer)[at : at + room]
+            piece.append(part)
+            at += len(part)
+            room -= len(part)
+            if not room:
+                yield piece
+                piece, room = [], longest
+    if piece:
+        yield piece
 
 
 def continue_read(fd: int, buffers: Sequence[Any], offset: int, done: int) -> None:
