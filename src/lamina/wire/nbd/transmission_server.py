@@ -9,8 +9,8 @@ the requests that hold them, are good until the reader is next asked for buffers
 from __future__ import annotations
 
 import struct
+from mmap import mmap
 
-from lamina.buffers import new_buffer
 from lamina.hints import NamedTuple
 from lamina.wire.nbd import constants as nbd
 from lamina.wire.nbd.steps import ProtocolError
@@ -51,7 +51,7 @@ class RequestReader:
         self._buffer = memoryview(bytearray(CAPACITY))
         self._start = 0
         self._end = 0
-        self._large = bytearray()
+        self._large = memoryview(b"")
         self._large_request: Request | None = None
         self._missing = memoryview(b"")
         """The part of a large payload that has not come yet."""
@@ -93,7 +93,7 @@ class RequestReader:
             if self._large_request is not None:
                 if len(self._missing):
                     return found
-                request = self._large_request._replace(payload=memoryview(self._large))
+                request = self._large_request._replace(payload=self._large)
                 self._large_request = None
                 found.append(request)
                 return found
@@ -173,18 +173,18 @@ class RequestReader:
     def _begin_large(self, request: Request) -> None:
         length = request.length
         if len(self._large) != length:
-            self._large = new_buffer(length)
-        target = memoryview(self._large)
+            # Memory that takes none before something has come.
+            self._large = memoryview(mmap(-1, length))
         there = self._end - self._start
-        target[:there] = self._buffer[self._start : self._end]
+        self._large[:there] = self._buffer[self._start : self._end]
         self._start = self._end = 0
-        self._missing = target[there:]
+        self._missing = self._large[there:]
         self._large_request = request
 
     def forget_large(self) -> None:
         """The requests that were handed out are done: do not hold on to much memory."""
         if len(self._large) > _KEPT and self._large_request is None:
-            self._large = bytearray()
+            self._large = memoryview(b"")
 
     def _take_contexts(self, request: Request, found: list[Request]) -> None:
         """BLOCK_STATUS with a payload: the length that is meant, and the contexts."""
