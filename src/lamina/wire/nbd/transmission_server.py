@@ -87,8 +87,6 @@ class RequestReader:
         found: list[Request] = []
         buffer, header = self._buffer, self._header
         size = header.size
-        if self._large_request is None and self._skipped is None:
-            self._take_usual(found)
         while True:
             if self._large_request is not None:
                 if len(self._missing):
@@ -99,6 +97,7 @@ class RequestReader:
                 return found
             if self._skipped is not None and not self._skip_some(found):
                 return found
+            self._take_usual(found)
             left = self._end - self._start
             if left < size:
                 return found
@@ -127,10 +126,6 @@ class RequestReader:
                 self._take_contexts(request, found)
             elif command != nbd.CMD_WRITE:
                 self._skip, self._skipped = length, request._replace(fault=nbd.EINVAL)
-            elif length <= left - size:
-                payload = buffer[self._start : self._start + length]
-                self._start += length
-                found.append(Request(command, flags, cookie, offset, length, payload))
             elif length <= CAPACITY - size:
                 self._start -= size  # it comes with the next bytes
                 return found
@@ -143,7 +138,7 @@ class RequestReader:
     def _take_usual(self, found: list[Request]) -> None:
         """Reads, and writes whose payload is all there: nearly every request is one of these."""
         buffer, unpack, size = self._buffer, self._header.unpack_from, self._header.size
-        start, end = self._start, self._end
+        start, end, longest = self._start, self._end, self._max_payload
         while end - start >= size:
             magic, flags, command, cookie, offset, length = unpack(buffer, start)
             if magic != self._magic:
@@ -151,7 +146,7 @@ class RequestReader:
             if command == nbd.CMD_READ and not flags & nbd.CMD_FLAG_PAYLOAD_LEN:
                 start += size
                 found.append(Request(command, flags, cookie, offset, length))
-            elif command == nbd.CMD_WRITE and 0 < length <= end - start - size:
+            elif command == nbd.CMD_WRITE and 0 < length <= min(end - start - size, longest):
                 payload = buffer[start + size : start + size + length]
                 start += size + length
                 found.append(Request(command, flags, cookie, offset, length, payload))
