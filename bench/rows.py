@@ -90,13 +90,15 @@ class Workbench:
 
         return self.image("dense.raw", maker)
 
-    def dense_qcow2(self) -> Path:
-        def maker(path: Path) -> None:
-            command = [THEIRS, "convert", "-f", "raw", "-O", "qcow2", self.dense(), path]
-            subprocess.run(command, check=True)
-            _in_small_folios(path)
-
-        return self.image("dense.qcow2", maker)
+    def small_requests(self, format: str) -> Path:
+        """What small requests go to, in one format or the other."""
+        if format == "raw":
+            return self.dense()
+        new = "dense.qcow2" not in self.made
+        image = self.converted("dense.qcow2", "-O", "qcow2", source=self.dense())
+        if new:
+            _in_small_folios(image)
+        return image
 
     def converted(self, name: str, *options: str, source: Path | None = None) -> Path:
         origin = source or self.raw()
@@ -331,10 +333,7 @@ def _encrypted(bench: Workbench, name: str, goal: float) -> Row:
 
 def _requests(bench: Workbench, name: str, goal: float) -> Row:
     _, format, kind, depth = name.split("-")
-    if format == "raw":
-        image = bench.dense()
-    else:
-        image = bench.dense_qcow2()
+    image = bench.small_requests(format)
     # A step that is no multiple of the disk's length visits it all over.
     step = 4096 * 7919
     words = ["bench", "-f", format, "-c", "75000", "-d", depth, "-s", "4096", "-S", str(step)]
@@ -356,7 +355,7 @@ def _network(bench: Workbench, name: str, goal: float) -> Row:
         format, load = "raw", [format, *load]
     else:
         peer = "qemu-nbd"
-    image = bench.dense() if format == "raw" else bench.dense_qcow2()
+    image = bench.small_requests(format)
     words = [format, str(image), "-".join(load)]
     ours, theirs = ([*runner, server, *words] for server in ("lamina-nbd", peer))
     return Row(name, goal, ours, theirs, measure=True)
